@@ -1,0 +1,58 @@
+# Every job of the project is a target here; `make` alone lists them.
+# PYTHON makes the environment and VENV is its folder: `VENV=/some/path make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+run := $(VENV)/bin/python -m
+env := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types unit notebooks format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(env) ## Create the environment and install the package with all extras
+
+demo: $(env) ## Train a small gated network on handwritten digits, with and without the loss
+	$(VENV)/bin/batchshaping demo
+
+test: lint types unit notebooks ## Run every check
+
+lint: $(env) ## Check style and formatting (ruff)
+	$(run) ruff check
+	$(run) ruff format --check
+
+types: $(env) ## Check types (mypy, strict)
+	$(run) mypy
+
+# One thread a worker: torch would otherwise start one a core in each of them.
+unit: $(env) ## Run the tests and the examples in the docstrings (pytest)
+	OMP_NUM_THREADS=1 $(run) pytest -n logical --maxprocesses 4 --ignore tests/test_notebooks.py
+
+notebooks: $(env) ## Execute the notebooks (pytest)
+	$(run) pytest tests/test_notebooks.py
+
+format: $(env) ## Format the code and fix what can be fixed
+	$(run) ruff check --fix
+	$(run) ruff format
+
+clean: ## Remove caches and build products; the environment stays
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# What keeps PYTHON from making the environment; empty if nothing does.
+fault = $(shell \
+	command -v $(PYTHON) >/dev/null || { echo "there is no '$(PYTHON)'"; exit; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "'$(PYTHON)' is $$($(PYTHON) -V 2>&1)"; exit; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		echo "'$(PYTHON)' has no venv module (on Debian and Ubuntu: apt install python3-venv)")
+
+# The stamp is written last, so an interrupted installation starts again.
+$(env): pyproject.toml
+	$(if $(fault),$(error Python 3.10 or newer with venv is needed, but $(fault)))
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(run) pip install --disable-pip-version-check --editable '.[all]'
+	touch $@

@@ -1,0 +1,537 @@
+r"""The batch-shaping loss: how far values over a batch are from a prior, with a gradient that closes the gap.
+
+For N samples x with order statistics :math:`x_{(1)} \le \dots \le x_{(N)}` and a prior with CDF F,
+
+.. math::
+    L = \frac{1}{N} \sum_{i=1}^N \left( F(x_{(i)}) - \frac{i}{N + 1} \right)^2,
+
+the Cramér-von Mises criterion with plotting positions i / (N + 1). Its derivatives are closed forms of the
+ranks, F and the density f, all at hand after the sort, so that the forward pass computes them too:
+
+.. math::
+    \frac{\partial L}{\partial x_{(i)}} = \frac{2}{N} \left( F(x_{(i)}) - \frac{i}{N + 1} \right) f(x_{(i)}).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributions import Distribution
+
+from batchshaping.priors import Beta, CDFDerivatives, ClosedFormPrior, Normal, RelaxedBernoulli
+from batchshaping.ranking import OrderStatistics, order_statistics, ranks
+
+__all__ = ["BatchShapingLoss", "GeneralizedBatchShapingLoss", "Prior", "batch_shaping", "gbas_loss"]
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "none": lambda loss: loss,
+}
+
+
+class _Samples:
+    """The sorted samples of each array, their plotting positions and weights, all of shape (..., N)."""
+
+    def __init__(self, x: Tensor, mask: Tensor | None, ties: bool) -> None:
+        self.order: OrderStatistics = order_statistics(x, mask)
+        values = self.order.values
+        n = values.shape[-1]
+        # A NaN is sorted last, behind what is masked. It makes the whole array NaN.
+        self.poison = torch.where(values[..., -1:].isnan(), torch.nan, 0.0).to(x.dtype)
+        count: Tensor | int = n
+        self.weights: Tensor | float = 1.0 / n
+        if mask is not None:
+            count = mask.sum(dim=-1, keepdim=True).to(x.dtype)
+            is_sample = torch.arange(n, device=x.device) < count
+            self.weights = is_sample / count
+            values = torch.where(is_sample, values, values[..., :1])
+        self.values = values
+        self.positions = ranks(values if mask is None else self.order.values, count, ties) / (count + 1)
+
+
+class _ClosedFormLoss(torch.autograd.Function):
+    """The loss of each array, with the gradients computed beside it in the forward pass.
+
+    x and the mask have shape (..., N), the parameters broadcast with (...). Returned are the losses of shape
+    (...), and for the backward pass the gradient in x and that in each parameter, the latter an array's each.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        mask: Tensor | None,
+        ties: bool,
+        gradients: tuple[bool, bool],
+        evaluate: Callable[[tuple[Tensor, ...], Tensor, bool], CDFDerivatives],
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        needs_x, needs_parameters = gradients
+        samples = _Samples(x, mask, ties)
+        columns = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
+        at = evaluate(columns, samples.values, needs_parameters)
+        residual = at.cdf - samples.positions
+        slope = 2 * residual * samples.weights
+        loss = (residual.square() * samples.weights + samples.poison).sum(dim=-1)
+        by_parameter = [(slope * derivative).sum(dim=-1) for derivative in at.parameters]
+        by_x = samples.order.unsort(slope * at.pdf + samples.poison) if needs_x else x.new_empty(0)
+        if needs_x and mask is not None:
+            by_x.masked_fill_(~mask, 0.0)
+        return loss, by_x, *by_parameter
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        _, by_x, *by_parameter = output
+        ctx.mark_non_differentiable(by_x, *by_parameter)
+        ctx.save_for_backward(by_x, *by_parameter)
+        ctx.set_materialize_grads(False)
+        ctx.parameter_shapes = [(p.shape, p.dtype) for p in inputs[5:]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
+        by_x, *by_parameter = ctx.saved_tensors
+        nothing = (None,) * 4
+        if gradient is None:
+            return None, *nothing, *(None for _ in ctx.parameter_shapes)
+        needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        gradient_x = gradient.unsqueeze(-1) * by_x if needs_x else None
+        gradient_parameters = [
+            (gradient * by_parameter[k]).sum_to_size(shape).to(dtype) if needed else None
+            for k, ((shape, dtype), needed) in enumerate(
+                zip(ctx.parameter_shapes, needs_parameters, strict=True)
+            )
+        ]
+        return gradient_x, *nothing, *gradient_parameters
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, mask: Any, ties: Any, *rest: Any) -> Any:
+        gradients, evaluate, *parameters = rest
+        x_dim, mask_dim, *_ = in_dims
+        size = info.batch_size
+        x = x.expand(size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+        if mask is not None:
+            mask = mask.expand(size, *mask.shape) if mask_dim is None else mask.movedim(mask_dim, 0)
+        arrays = x.ndim - 2
+        aligned = []
+        for parameter, dim in zip(parameters, in_dims[5:], strict=True):
+            if dim is not None:
+                parameter = parameter.movedim(dim, 0)
+                padding = [1] * (arrays - parameter.ndim + 1)
+                parameter = parameter.reshape(size, *padding, *parameter.shape[1:])
+            aligned.append(parameter)
+        outputs = _ClosedFormLoss.apply(x, mask, ties, gradients, evaluate, *aligned)
+        return outputs, tuple(0 for _ in outputs)
+
+
+def _closed_form(prior: ClosedFormPrior, x: Tensor, mask: Tensor | None, ties: bool) -> Tensor:
+    parameters = prior.parameters
+    graph = torch.is_grad_enabled()
+    gradients = (graph and x.requires_grad, graph and any(p.requires_grad for p in parameters))
+    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, mask, ties, gradients, prior.evaluate, *parameters)
+    return outputs[0]
+
+
+def _by_autograd(prior: Distribution, x: Tensor, mask: Tensor | None, ties: bool) -> Tensor:
+    """The same loss for a distribution that has a CDF but no closed form of its derivatives."""
+    with torch.no_grad():
+        samples = _Samples(x, mask, ties)
+    values = x.gather(-1, samples.order.indices)
+    if mask is not None:
+        values = torch.where(torch.as_tensor(samples.weights > 0), values, values[..., :1])
+    residual = _cdf_on_the_line(prior, values) - samples.positions
+    return (residual.square() * samples.weights + samples.poison).sum(dim=-1)
+
+
+def _cdf_on_the_line(prior: Distribution, values: Tensor) -> Tensor:
+    """The CDF of any distribution, 0 left of its support and 1 right of it, samples along the last dim."""
+    prior = copy.copy(prior)
+    prior._validate_args = False
+    lower = getattr(prior.support, "lower_bound", -torch.inf)
+    upper = getattr(prior.support, "upper_bound", torch.inf)
+    lower, upper = (torch.as_tensor(v, dtype=values.dtype, device=values.device) for v in (lower, upper))
+    # Distributions broadcast from the right, so the samples come first while the CDF is taken.
+    first = values.movedim(-1, 0)
+    inside = (first > lower) & (first < upper) | first.isnan()
+    middle = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1).nan_to_num(0.0, 0.0, 0.0)
+    cdf = prior.cdf(torch.where(inside, first, middle))
+    return torch.where(inside, cdf, (first >= upper).to(values.dtype)).movedim(0, -1)
+
+
+def batch_shaping(
+    x: Tensor,
+    prior: Distribution,
+    dim: int | Sequence[int] | None = None,
+    *,
+    mask: Tensor | None = None,
+    ties: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The batch-shaping loss: the squared distance of the samples' empirical CDF to that of a prior.
+
+    .. math::
+        L = \frac{1}{N} \sum_{i=1}^N \left( F(x_{(i)}) - \frac{i}{N + 1} \right)^2
+
+    The gradient in x and in every parameter of the prior that requires one is exact; one tensor of x's size
+    is kept for it. Half precision is computed in float32. A NaN in x makes its array's loss and gradient NaN.
+
+    Args:
+        x: values of any shape and floating dtype, on any device.
+        prior: a distribution with a ``cdf``. Its ``batch_shape`` broadcasts to the shape of x without
+            ``dim``: one prior for all arrays, or one for each.
+        dim: the dimension or dimensions that hold the samples; None takes all values as one array.
+        mask: booleans that broadcast to x's shape; values where it is False are left out.
+        ties: whether equal values share the largest of their ranks, as in the exact empirical CDF, instead of
+            taking consecutive ones.
+        reduction: "mean" or "sum" over the arrays, or "none" for one loss each.
+
+    Returns:
+        The loss in x's dtype: a scalar, or for "none" of x's shape without ``dim``. It is 0 at the best fit
+        and at most 1.
+
+    Raises:
+        TypeError: if x is not floating point, or the mask not boolean.
+        ValueError: if there are no samples along ``dim``, the mask leaves an array empty, shapes do not
+            broadcast, the prior is not a distribution with a CDF, or the reduction is unknown.
+
+    References:
+        Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
+        2020, https://arxiv.org/abs/1907.06627.
+
+    Example:
+        >>> gates = torch.tensor([[0.1, 0.9], [0.5, 0.8], [0.9, 0.7]])
+        >>> batch_shaping(gates, Beta(0.6, 0.4), dim=0, reduction="none")
+        tensor([0.0103, 0.0271])
+    """
+    _check_prior(prior)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, received {reduction!r}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, received {x.dtype}")
+    dims = _canonical(dim, x.ndim)
+    arrays = _samples_last(x, dims)
+    if arrays.shape[-1] == 0:
+        raise ValueError(f"no samples along dim={dim} of x with shape {tuple(x.shape)}")
+    _check_broadcast(prior, arrays.shape[:-1], x.shape, dim)
+    if mask is not None:
+        mask = _arrays_of_mask(mask, x, dims, dim)
+    working = arrays.float() if arrays.dtype in (torch.float16, torch.bfloat16) else arrays
+    method = _closed_form if isinstance(prior, ClosedFormPrior) else _by_autograd
+    loss = method(prior, working, mask, ties)  # type: ignore[arg-type]
+    return _REDUCTIONS[reduction](loss).to(x.dtype)
+
+
+def _check_prior(prior: object) -> None:
+    known = "Beta, SymBeta, RelaxedBernoulli, Normal or any torch.distributions.Distribution with a cdf"
+    if not isinstance(prior, Distribution):
+        raise ValueError(f"prior must be {known}, received {prior!r}")
+    if type(prior).cdf is Distribution.cdf:
+        raise ValueError(f"prior must be {known}, received {type(prior).__name__}, which has none")
+    if prior.event_shape:
+        raise ValueError(f"prior must be univariate, received event_shape {tuple(prior.event_shape)}")
+
+
+def _check_broadcast(
+    prior: Distribution, arrays: torch.Size, shape: torch.Size, dim: int | Sequence[int] | None
+) -> None:
+    try:
+        matches = torch.broadcast_shapes(prior.batch_shape, arrays) == arrays
+    except RuntimeError:
+        matches = False
+    if not matches:
+        raise ValueError(
+            f"prior's batch_shape {tuple(prior.batch_shape)} does not broadcast to {tuple(arrays)}, "
+            f"what dim={dim} leaves of x with shape {tuple(shape)}"
+        )
+
+
+def _canonical(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """The sample dimensions, counted from the front and in order."""
+    if dim is None:
+        return tuple(range(ndim))
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    span = max(ndim, 1)
+    for d in dims:
+        if not -span <= d < span:
+            raise IndexError(
+                f"dim must be in [{-span}, {span - 1}] for x with {ndim} dimensions, received {d}"
+            )
+    found = sorted({d % span for d in dims})
+    if len(found) != len(dims):
+        raise ValueError(f"dim must name each dimension once, received {tuple(dims)}")
+    return tuple(d for d in found if d < ndim)
+
+
+def _samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Move the sample dimensions to the end and join them: (arrays..., N)."""
+    kept = [d for d in range(x.ndim) if d not in dims]
+    moved = x.permute(*kept, *dims)
+    # The product, and not -1, since there may be no values at all.
+    return moved.reshape(*moved.shape[: len(kept)], moved.shape[len(kept) :].numel())
+
+
+def _arrays_of_mask(
+    mask: Tensor, x: Tensor, dims: tuple[int, ...], dim: int | Sequence[int] | None
+) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, received {mask.dtype}")
+    try:
+        mask = mask.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not broadcast to x with shape {tuple(x.shape)}"
+        ) from None
+    arrays = _samples_last(mask, dims)
+    # Reading the mask would stop another device; there, an empty array gets a NaN loss instead.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(arrays.any(-1).all()):
+        raise ValueError(
+            f"mask leaves an array without samples along dim={dim} of x with shape {tuple(x.shape)}"
+        )
+    return arrays
+
+
+class BatchShapingLoss(nn.Module):
+    """The batch-shaping loss as a module; see :func:`batch_shaping` for the formula and the arguments.
+
+    A prior made with ``nn.Parameter`` s is learned: the module registers them under their names, so that
+    ``parameters()`` finds them and ``state_dict()`` keeps them.
+
+    Args:
+        prior: a distribution with a ``cdf``.
+        dim: the dimension or dimensions that hold the samples; None takes all values as one array.
+        ties: whether equal values share the largest of their ranks.
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        ValueError: if the prior is not a distribution with a CDF, or the reduction is unknown.
+
+    Example:
+        >>> loss = BatchShapingLoss(Beta(0.6, 0.4), dim=0)
+        >>> loss(torch.tensor([[0.1, 0.9], [0.5, 0.8], [0.9, 0.7]]))
+        tensor(0.0187)
+    """
+
+    def __init__(
+        self,
+        prior: Distribution,
+        dim: int | Sequence[int] | None = None,
+        *,
+        ties: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_prior(prior)
+        if reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, received {reduction!r}"
+            )
+        self.prior, self.dim, self.ties, self.reduction = prior, dim, ties, reduction
+        for name, value in vars(prior).get("_given", vars(prior)).items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of x, over the values where the mask is True."""
+        return batch_shaping(x, self.prior, self.dim, mask=mask, ties=self.ties, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"{self.prior}, dim={self.dim}, ties={self.ties}, reduction={self.reduction!r}"
+
+
+class GeneralizedBatchShapingLoss(nn.Module):
+    r"""The generalized batch-shaping loss: every array has a learned prior, and the priors have one too.
+
+    .. math::
+        L = \frac{1}{T} \sum_{k=1}^T L(x^k; \mu_k, \tau_k) + w_h L(\{\mu_1 \dots \mu_T\}; \psi)
+            + w_\tau \frac{1}{T} \sum_{k=1}^T \tau_k
+
+    The prior of array k is a Relaxed Bernoulli of mean :math:`\mu_k` and temperature :math:`\tau_k`, both the
+    sigmoid of a parameter of this module. The means as a set are shaped to the hyperprior, so that arrays may
+    differ while their average is set; the temperatures are kept low by an L1 penalty.
+
+    After a forward pass ``prior_loss``, ``hyperprior_loss`` and ``temperature_penalty`` hold its three terms,
+    weights included, detached for logging.
+
+    Args:
+        shape: shape of the arrays, what is left of x without ``dim``; an int is one dimension.
+        hyperprior: prior of the means on (0, 1); Beta(3, 7) asks for a density of 0.3.
+        dim: the dimension or dimensions of x that hold the samples.
+        hyperprior_weight: weight :math:`w_h` of the hyperprior loss.
+        temperature_weight: weight :math:`w_\tau` of the penalty on temperatures.
+        ties: whether equal values share the largest of their ranks.
+
+    Raises:
+        ValueError: if x without ``dim`` has another shape.
+
+    References:
+        Havtorn, Royer, Blankevoort and Bejnordi, MSViT: Dynamic Mixed-Scale Tokenization for Vision
+        Transformers, ICCV Workshops 2023, https://arxiv.org/abs/2307.02321.
+
+    Example:
+        >>> loss = GeneralizedBatchShapingLoss(30)
+        >>> total = loss(torch.rand(500, 30))
+        >>> total.backward()
+        >>> loss.mean.shape, [name for name, _ in loss.named_parameters()]
+        (torch.Size([30]), ['mean_logits', 'temperature_logits'])
+    """
+
+    prior_loss: Tensor
+    hyperprior_loss: Tensor
+    temperature_penalty: Tensor
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        hyperprior: Distribution | None = None,
+        dim: int | Sequence[int] = 0,
+        *,
+        hyperprior_weight: float = 1.0,
+        temperature_weight: float = 0.1,
+        ties: bool = False,
+    ) -> None:
+        super().__init__()
+        hyperprior = Beta(3, 7) if hyperprior is None else hyperprior
+        _check_prior(hyperprior)
+        self.hyperprior, self.dim, self.ties = hyperprior, dim, ties
+        self.hyperprior_weight, self.temperature_weight = hyperprior_weight, temperature_weight
+        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.mean_logits = nn.Parameter(torch.empty(size))
+        self.temperature_logits = nn.Parameter(torch.empty(size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start every mean and temperature near 0.5, apart enough to be told from one another."""
+        nn.init.normal_(self.mean_logits, std=0.1)
+        nn.init.normal_(self.temperature_logits, std=0.1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The learned means, in (0, 1)."""
+        return _open_unit(self.mean_logits)
+
+    @property
+    def temperature(self) -> Tensor:
+        """The learned temperatures, in (0, 1)."""
+        return _open_unit(self.temperature_logits)
+
+    @property
+    def prior(self) -> RelaxedBernoulli:
+        """The priors as they are now, one an array."""
+        return RelaxedBernoulli(self.mean, self.temperature, validate_args=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The total loss of x, over the values where the mask is True."""
+        left = tuple(s for d, s in enumerate(x.shape) if d not in _canonical(self.dim, x.ndim))
+        if left != tuple(self.mean_logits.shape):
+            raise ValueError(
+                f"dim={self.dim} of x with shape {tuple(x.shape)} leaves {left}, "
+                f"but the learned priors have shape {tuple(self.mean_logits.shape)}"
+            )
+        prior_loss = batch_shaping(x, self.prior, self.dim, mask=mask, ties=self.ties)
+        hyperprior_loss = self.hyperprior_weight * batch_shaping(self.mean, self.hyperprior)
+        penalty = self.temperature_weight * self.temperature.mean()
+        self.prior_loss = prior_loss.detach()
+        self.hyperprior_loss = hyperprior_loss.detach()
+        self.temperature_penalty = penalty.detach()
+        return prior_loss + hyperprior_loss + penalty
+
+    def extra_repr(self) -> str:
+        return (
+            f"shape={tuple(self.mean_logits.shape)}, hyperprior={self.hyperprior}, dim={self.dim}, "
+            f"hyperprior_weight={self.hyperprior_weight}, temperature_weight={self.temperature_weight}"
+        )
+
+
+def _open_unit(logits: Tensor) -> Tensor:
+    """The sigmoid, kept off 0 and 1, which it reaches by rounding."""
+    eps = torch.finfo(logits.dtype).eps
+    return torch.sigmoid(logits).clamp(eps, 1 - eps)
+
+
+class Prior(Enum):
+    """The families of priors under their published names."""
+
+    SYMBETA = 0
+    BETA = 1
+    RELAXED_BERNOULLI = 2
+    NORMAL = 3
+
+
+class _ClippedBeta(Beta):
+    """A Beta prior whose density is clipped in the backward pass, as published."""
+
+    @staticmethod
+    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
+        at = Beta.evaluate(parameters, x, gradients)
+        return at._replace(pdf=at.pdf.clamp_(1e-3, 100))
+
+
+class _ClippedRelaxedBernoulli(RelaxedBernoulli):
+    """A Relaxed Bernoulli prior that clips the values, as published."""
+
+    @staticmethod
+    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
+        clipped = x.clamp(1e-3, 1 - 1e-3)
+        at = RelaxedBernoulli.evaluate(parameters, clipped, gradients)
+        return at._replace(pdf=at.pdf * (clipped == x))
+
+
+_SEED_PRIORS: dict[Prior, Callable[..., ClosedFormPrior]] = {
+    Prior.SYMBETA: lambda a, _: _ClippedBeta(a, 1 - a),
+    Prior.BETA: _ClippedBeta,
+    Prior.RELAXED_BERNOULLI: _ClippedRelaxedBernoulli,
+    Prior.NORMAL: Normal,
+}
+
+
+def gbas_loss(
+    x_in: Tensor,
+    prior: Prior,
+    prior_param1: Tensor | float,
+    prior_param2: Tensor | float | None = None,
+    trainable_prior_params: bool = False,
+    dim: int | None = None,
+    handle_ties: bool = False,
+) -> Tensor:
+    """The batch-shaping loss under its published name; new code is better served by :func:`batch_shaping`.
+
+    Here ``dim`` *indexes* the arrays and all other dimensions hold their values. As published, a Beta density
+    is clipped to [1e-3, 100] in the backward pass, and values to [1e-3, 1 - 1e-3] under a Relaxed Bernoulli.
+
+    Args:
+        x_in: values of any shape and floating dtype.
+        prior: family of the prior.
+        prior_param1: its first parameter: a number, a 0-d tensor, or a 1-d tensor with one value an array.
+        prior_param2: its second parameter, likewise; not read for SYMBETA.
+        trainable_prior_params: whether the parameters get gradients.
+        dim: the dimension that indexes the arrays; None takes all values as one array.
+        handle_ties: whether equal values share the largest of their ranks.
+
+    Returns:
+        The mean loss of the arrays, a scalar.
+
+    Raises:
+        ValueError: if the prior is unknown, or a parameter is missing, out of range or of another shape.
+
+    Example:
+        >>> gbas_loss(torch.tensor([0.1, 0.2, 0.4]), Prior.BETA, 2, 6)
+        tensor(0.0081)
+    """
+    if not isinstance(prior, Prior):
+        raise ValueError(f"prior must be one of {', '.join(map(str, Prior))}, received {prior!r}")
+    if prior_param2 is None and prior is not Prior.SYMBETA:
+        raise ValueError(f"prior_param2 must be given for {prior}, received None")
+    parameters = [
+        p.detach() if isinstance(p, Tensor) and not trainable_prior_params else p
+        for p in (prior_param1, prior_param2)
+    ]
+    arrays = x_in.reshape(1, -1) if dim is None else x_in.movedim(dim, 0).reshape(x_in.shape[dim], -1)
+    return batch_shaping(arrays, _SEED_PRIORS[prior](*parameters), dim=1, ties=handle_ties)

@@ -1,0 +1,472 @@
+r"""The cumulative distribution function of the Beta distribution, its inverse and every derivative.
+
+The regularized incomplete beta function is evaluated by the continued fraction of Didonato and Morris
+(1992), the even part of `DLMF 8.17.22 <https://dlmf.nist.gov/8.17.E22>`_,
+
+.. math::
+    I_x(a, b) = \frac{x^a (1 - x)^b}{B(a, b)} \Big/ t_0, \qquad
+    t_n = \beta_n + \alpha_{n+1} x^2 / t_{n+1},
+
+whose coefficients depend on the parameters only: they are made once a parameter, however many values
+follow. It converges fast left of :math:`(a + 1) / (a + b + 2)`; right of it stands
+:math:`I_x(a, b) = 1 - I_{1-x}(b, a)`. Both sides are evaluated at clamped arguments and added up, which on
+vector hardware costs less than choosing. The derivatives in a and b differentiate the fraction itself,
+term by term, as in Boik and Robison-Cox (1998).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["beta_pdf", "betainc", "betaincinv", "evaluate", "get_beta_cdf_factory", "log_beta"]
+
+# Above this parameter, float32 no longer carries the exponent a log x of the prefactor to 5e-7.
+_FLOAT32_PARAMETER_LIMIT = 4.0
+_CHUNK = 2**14
+_NEWTON_STEPS = 15
+_STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
+
+
+def _stirling_remainder(z: Tensor) -> Tensor:
+    r"""Log Gamma(z) less its Stirling approximation (z - 1/2) log z - z + log(2 pi) / 2."""
+    large = z.clamp_min(10.0)
+    inverse_square = large.pow(-2)
+    series = torch.zeros_like(large)
+    for coefficient in reversed(_STIRLING):
+        series = series * inverse_square + coefficient
+    small = z.clamp_max(10.0)
+    exact = torch.lgamma(small) - ((small - 0.5) * small.log() - small + 0.5 * math.log(2 * math.pi))
+    return torch.where(z < 10.0, exact, series / large)
+
+
+def log_beta(a: Tensor, b: Tensor) -> Tensor:
+    """The logarithm of B(a, b), without the cancellation of three log-gammas at large a and b."""
+    total = a + b
+    return (
+        0.5 * math.log(2 * math.pi)
+        + (_stirling_remainder(a) + _stirling_remainder(b) - _stirling_remainder(total))
+        + (a - 0.5) * (a / total).log()
+        + (b - 0.5) * (b / total).log()
+        - 0.5 * total.log()
+    )
+
+
+class BetaDerivatives(NamedTuple):
+    """I_x(a, b), its derivative in x (the density) and, where asked for, in a and in b.
+
+    The tail is I_x left of (a + 1) / (a + b + 2) and 1 - I_x right of it, to full relative precision.
+    """
+
+    cdf: Tensor
+    tail: Tensor
+    pdf: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+class _Fraction(NamedTuple):
+    """t_0 of the continued fraction and, where asked for, its derivatives in p and q."""
+
+    value: Tensor
+    p: Tensor | None = None
+    q: Tensor | None = None
+
+
+def _steps(p: Tensor, double: bool) -> int:
+    """How many steps of the fraction reach full precision, for every q and every argument left of the split.
+
+    Measured against 40 digits on p, q in [0.01, 1000]: the count grows like the cube root of p. A parameter
+    whose value cannot be read without stopping the device (or a compiler) gets the largest of that range.
+    """
+    largest = float(p.max()) if p.device.type == "cpu" and p.numel() else 1000.0
+    root = max(largest, 0.0) ** (1 / 3) if math.isfinite(largest) else 0.0
+    return math.ceil(10 + 7.5 * root) if double else math.ceil(6 + 2 * root)
+
+
+def _fraction(p: Tensor, q: Tensor, y: Tensor, steps: int, gradients: bool) -> _Fraction:
+    """The continued fraction from its tail to its head, y at most (p + 1) / (p + q + 2).
+
+    t_n = p + 2 n + slope_n y + factor_n y^2 / t_{n+1}; the coefficients have the shape of the parameters
+    and are made for all n at once.
+    """
+    n = torch.arange(steps, dtype=p.dtype, device=p.device).reshape(-1, *[1] * p.ndim)
+    odd, even = p + (2 * n + 1), p + (2 * n - 1)
+    product = (p + n) * (p + q + n)
+    constant = p + 2 * n
+    slope = torch.where(n > 0, n * (q - n) / even, 0.0) - product / odd
+    weight = (n + 1) / odd.square()
+    factor = product * weight * (q - n - 1)
+    y_square = y * y
+    t = slope[-1] * y
+    t += constant[-1]
+    if not gradients:
+        for k in range(steps - 2, -1, -1):
+            numerator = factor[k] * y_square
+            numerator /= t
+            torch.mul(y, slope[k], out=t)
+            t += constant[k]
+            t += numerator
+        return _Fraction(t)
+
+    product_p = 2 * p + q + 2 * n
+    slope_p = product / odd.square() - product_p / odd - torch.where(n > 0, n * (q - n) / even.square(), 0.0)
+    slope_q = torch.where(n > 0, n / even, 0.0) - (p + n) / odd
+    factor_p = weight * (q - n - 1) * (product_p - 2 * product / odd)
+    factor_q = weight * (p + n) * (p + 2 * q - 1)
+    t_p = slope_p[-1] * y
+    t_p += 1.0
+    t_q = slope_q[-1] * y
+    for k in range(steps - 2, -1, -1):
+        ratio = y_square / t
+        decay = ratio / t
+        decay *= factor[k]
+        t_p *= decay
+        t_p = torch.addcmul(slope_p[k] * y, factor_p[k], ratio).sub_(t_p).add_(1.0)
+        t_q *= decay
+        t_q = torch.addcmul(slope_q[k] * y, factor_q[k], ratio).sub_(t_q)
+        t = torch.addcmul(slope[k] * y, factor[k], ratio).add_(constant[k])
+    return _Fraction(t, t_p, t_q)
+
+
+def evaluate(a: Tensor, b: Tensor, x: Tensor, *, gradients: bool = False) -> BetaDerivatives:
+    """I_x(a, b) and its derivatives in one pass, without a graph, in x's dtype.
+
+    a, b and x broadcast. Outside (0, 1) the CDF is 0 or 1 and the density 0, as at the ends themselves,
+    where the density of a U-shaped Beta has no finite value. NaN in, NaN out.
+    """
+    a, b = torch.broadcast_tensors(a.double(), b.double())
+    if a.numel() <= _CHUNK:
+        return _evaluate(a, b, x, gradients)
+    # The coefficients take tens of times the memory of the parameters, so many parameters go in parts.
+    a, b, x = torch.broadcast_tensors(a, b, x)
+    chunks = (torch.split(t.reshape(-1), _CHUNK) for t in (a, b, x))
+    parts = [_evaluate(p, q, y, gradients) for p, q, y in zip(*chunks, strict=True)]
+    fields = (torch.cat(field).reshape(x.shape) for field in zip(*parts, strict=True) if None not in field)
+    return BetaDerivatives(*fields)
+
+
+def _evaluate(a: Tensor, b: Tensor, x: Tensor, gradients: bool) -> BetaDerivatives:
+    dtype = x.dtype
+    on_cpu = a.device.type == "cpu"
+    small = on_cpu and a.numel() > 0 and max(float(a.max()), float(b.max())) <= _FLOAT32_PARAMETER_LIMIT
+    working = torch.float32 if dtype == torch.float32 and small else torch.float64
+    total, constant, split = a + b, log_beta(a, b), (a + 1) / (a + b + 2)
+    a_work, b_work, split_work = a.to(working), b.to(working), split.to(working)
+
+    x = x.to(working).clamp(0.0, 1.0)
+    complement = 1.0 - x
+    log_x, log_complement = x.log(), torch.log1p(-x)
+    exponent = a_work * log_x
+    exponent = torch.addcmul(exponent, b_work, log_complement).sub_(constant.to(working))
+    mass = exponent.exp_()
+
+    double = working == torch.float64
+    left = _fraction(a_work, b_work, torch.minimum(x, split_work), _steps(a, double), gradients)
+    right = _fraction(b_work, a_work, torch.minimum(complement, 1 - split_work), _steps(b, double), gradients)
+    # Weights 0 and 1 make lerp an exact choice, several times faster than where.
+    in_right = (x > split_work).to(working)
+    fraction = torch.lerp(left.value, right.value, in_right)
+    tail = mass / fraction
+    cdf = torch.lerp(tail, 1.0 - tail, in_right)
+    pdf = mass / (x * complement).clamp_min_(torch.finfo(working).tiny)
+    if not gradients:
+        return BetaDerivatives(cdf.to(dtype), tail.to(dtype), pdf.to(dtype))
+
+    assert left.p is not None and left.q is not None and right.p is not None and right.q is not None
+    signed_tail = torch.lerp(tail, -tail, in_right)
+    lowest = math.log(torch.finfo(working).smallest_normal * torch.finfo(working).eps)
+    digamma_total = torch.digamma(total)
+    t_a = torch.lerp(left.p, right.q, in_right).div_(fraction)
+    t_b = torch.lerp(left.q, right.p, in_right).div_(fraction)
+    shift_a = (digamma_total - torch.digamma(a)).to(working)
+    shift_b = (digamma_total - torch.digamma(b)).to(working)
+    cdf_a = log_x.clamp_min_(lowest).add_(shift_a).sub_(t_a).mul_(signed_tail)
+    cdf_b = log_complement.clamp_min_(lowest).add_(shift_b).sub_(t_b).mul_(signed_tail)
+    return BetaDerivatives(*(t.to(dtype) for t in (cdf, tail, pdf, cdf_a, cdf_b)))
+
+
+def beta_pdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """The Beta density, differentiable in everything; 0 outside the support, and where it is infinite."""
+    inside = (x > 0) & (x < 1) | x.isnan()
+    interior = torch.where(inside, x, 0.5).double()
+    a, b = a.double(), b.double()
+    exponent = (a - 1) * interior.log() + (b - 1) * torch.log1p(-interior) - log_beta(a, b)
+    return torch.where(inside, exponent.exp(), 0.0).to(x.dtype)
+
+
+def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
+    return gradient.sum_to_size(like.shape).to(like.dtype)
+
+
+def _elementwise_vmap(function: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Any:
+    """Vmap of an elementwise function: bring the mapped dimension to the front of every operand."""
+    mapped = [d is not None for d in in_dims]
+    rank = max(t.ndim - m for t, m in zip(tensors, mapped, strict=True))
+    operands = []
+    for tensor, dim in zip(tensors, in_dims, strict=True):
+        if dim is not None:
+            tensor = tensor.movedim(dim, 0)
+            padding = [1] * (rank - tensor.ndim + 1)
+            tensor = tensor.reshape(tensor.shape[0], *padding, *tensor.shape[1:])
+        operands.append(tensor)
+    return function(*operands)
+
+
+class _ParameterGradients(torch.autograd.Function):
+    """The derivatives of I_x(a, b) in a and b; themselves differentiable in nothing."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        derivatives = evaluate(a, b, x, gradients=True)
+        assert derivatives.a is not None and derivatives.b is not None
+        return derivatives.a, derivatives.b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError(
+            "betainc is differentiable once in a and b, twice in x; received a second derivative in a or b"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
+        return _elementwise_vmap(_ParameterGradients.apply, in_dims, *tensors), (0, 0)
+
+
+class _BetaInc(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        return evaluate(a, b, x).cdf
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        a, b, x = ctx.saved_tensors
+        needs_a, needs_b, needs_x = ctx.needs_input_grad
+        gradient_a = gradient_b = gradient_x = None
+        if needs_a or needs_b:
+            cdf_a, cdf_b = _ParameterGradients.apply(a, b, x)
+            gradient_a = _sum_to(gradient * cdf_a, a) if needs_a else None
+            gradient_b = _sum_to(gradient * cdf_b, b) if needs_b else None
+        if needs_x:
+            gradient_x = _sum_to(gradient * beta_pdf(a, b, x), x)
+        return gradient_a, gradient_b, gradient_x
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
+        return _elementwise_vmap(_BetaInc.apply, in_dims, *tensors), 0
+
+
+def _operands(**given: Tensor | float) -> list[Tensor]:
+    """The operands as tensors that broadcast, the last of them in the dtype of the result."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, received {tensor.dtype}")
+    # As everywhere in torch, a number or a tensor without dimensions does not widen the result.
+    deciding = [t for t in tensors.values() if t.ndim] or list(tensors.values())
+    dtype = deciding[0].dtype if deciding else torch.get_default_dtype()
+    for tensor in deciding:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    device = deciding[0].device if deciding else None
+    operands = [
+        value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
+        for value in given.values()
+    ]
+    operands[-1] = operands[-1].to(dtype)
+    try:
+        torch.broadcast_shapes(*(t.shape for t in operands))
+    except RuntimeError:
+        shapes = ", ".join(f"{k} {tuple(t.shape)}" for k, t in zip(given, operands, strict=True))
+        raise ValueError(f"shapes must broadcast, received {shapes}") from None
+    return operands
+
+
+def betainc(a: Tensor | float, b: Tensor | float, x: Tensor | float) -> Tensor:
+    r"""The regularized incomplete beta function, the CDF of Beta(a, b) at x.
+
+    .. math::
+        I_x(a, b) = \frac{1}{B(a, b)} \int_0^x t^{a - 1} (1 - t)^{b - 1} \, dt
+
+    Exact derivatives in a and b (once) and in x (any number of times); works under ``torch.func.vmap`` and
+    ``torch.func.grad``. For a and b in [0.01, 1000] the absolute error is below 1e-12 in float64 and 5e-7
+    in float32; the derivatives in a and b are good to 1e-8 in float64.
+
+    Args:
+        a: first concentration, positive, of any shape.
+        b: second concentration, positive, of a shape that broadcasts with a's.
+        x: where to evaluate, of a shape that broadcasts with theirs; 0 is returned below 0, 1 above 1,
+            NaN at NaN or where a or b is not positive.
+
+    Returns:
+        A tensor of the broadcast shape, in the widest dtype among the given tensors.
+
+    Raises:
+        TypeError: if an operand is an integer tensor.
+        ValueError: if the shapes do not broadcast.
+
+    References:
+        DLMF, section 8.17, https://dlmf.nist.gov/8.17.
+        Didonato and Morris, Significant digit computation of the incomplete beta function ratios, 1992.
+        Boik and Robison-Cox, Derivatives of the incomplete beta function, 1998.
+
+    Example:
+        >>> a = torch.tensor(2.0, requires_grad=True)
+        >>> betainc(a, 6.0, torch.tensor([0.1, 0.25, 0.9]))
+        tensor([0.1497, 0.5551, 1.0000], grad_fn=<_BetaIncBackward>)
+    """
+    result: Tensor = _BetaInc.apply(*_operands(a=a, b=b, x=x))
+    return result
+
+
+def _invert(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
+    """Newton's method on the logarithm of the tail, in the logarithm of the distance to the nearer end.
+
+    There the CDF is concave and close to a line of slope a (or b), so the iteration neither overshoots nor
+    leaves the interval, and the asymptotic start is exact where the solution underflows.
+    """
+    a, b, p = a.double(), b.double(), p.double()
+    split = (a + 1) / (a + b + 2)
+    in_right = p > evaluate(a, b, split).cdf
+    target = torch.where(in_right, 1 - p, p).log()
+    slope = torch.where(in_right, b, a)
+    limit = torch.where(in_right, 1 - split, split)
+    end = torch.minimum((target + slope.log() + log_beta(a, b)) / slope, limit.log())
+    smallest = 4 * torch.finfo(torch.float64).tiny
+    for _ in range(_NEWTON_STEPS):
+        y = end.exp()
+        x = torch.where(in_right, 1 - y, y)
+        at = evaluate(a, b, x)
+        # Rounding can carry 1 - y to the other side of the split, where the tail is the other one.
+        tail = torch.where((x > split) == in_right, at.tail, 1 - at.tail)
+        distance = torch.where(in_right, 1 - x, x)
+        step = (tail.log() - target) * tail / (at.pdf * distance)
+        step = torch.where((distance > smallest) & step.isfinite(), step, 0.0)
+        end = torch.minimum(end - step, limit.log())
+        if step.device.type == "cpu" and not bool((step.abs() > 1e-9).any()):
+            break
+    x = torch.where(in_right, 1 - end.exp(), end.exp())
+    x = torch.where(p == 0, 0.0, torch.where(p == 1, 1.0, x))
+    return torch.where((p >= 0) & (p <= 1), x, torch.nan)
+
+
+class _BetaIncInv(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
+        return _invert(a, b, p).to(p.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2], output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        # The implicit function theorem at I_x(a, b) = p: dx = (dp - I_a da - I_b db) / f.
+        a, b, x = ctx.saved_tensors
+        needs_a, needs_b, needs_p = ctx.needs_input_grad
+        scaled = gradient / beta_pdf(a, b, x)
+        gradient_a = gradient_b = None
+        if needs_a or needs_b:
+            cdf_a, cdf_b = _ParameterGradients.apply(a, b, x)
+            gradient_a = _sum_to(-scaled * cdf_a, a) if needs_a else None
+            gradient_b = _sum_to(-scaled * cdf_b, b) if needs_b else None
+        return gradient_a, gradient_b, scaled if needs_p else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
+        return _elementwise_vmap(_BetaIncInv.apply, in_dims, *tensors), 0
+
+
+def betaincinv(a: Tensor | float, b: Tensor | float, p: Tensor | float) -> Tensor:
+    r"""The inverse of :func:`betainc` in its last argument, the quantile function of Beta(a, b).
+
+    .. math::
+        x = \inf \{ t : I_t(a, b) \ge p \}
+
+    Differentiable in a, b and p by the implicit function theorem.
+
+    Args:
+        a: first concentration, positive, of any shape.
+        b: second concentration, positive, of a shape that broadcasts with a's.
+        p: probability in [0, 1], of a shape that broadcasts with theirs; NaN is returned outside.
+
+    Returns:
+        A tensor of the broadcast shape with values in [0, 1], in the widest dtype among the given tensors.
+
+    Raises:
+        TypeError: if an operand is an integer tensor.
+        ValueError: if the shapes do not broadcast.
+
+    Example:
+        >>> betaincinv(2.0, 6.0, torch.tensor([0.1, 0.5, 0.9]))
+        tensor([0.0788, 0.2285, 0.4526])
+    """
+    operands = torch.broadcast_tensors(*_operands(a=a, b=b, p=p))
+    result: Tensor = _BetaIncInv.apply(*operands)
+    return result
+
+
+class _ClippedBetaCDF:
+    """What :func:`get_beta_cdf_factory` makes: the CDF under ``apply``, as on an autograd function."""
+
+    def __init__(self, parameters: tuple[Any, Any] | None, symmetric: bool, low: float, high: float) -> None:
+        self._parameters = parameters
+        self._symmetric = symmetric
+        self._low, self._high = low, high
+
+    def apply(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        a, *rest = parameters or self._parameters or ()
+        b = 1 - a if self._symmetric else rest[0]
+        a, b, x = _operands(a=a, b=b, x=x)
+        density = evaluate(a, b, x).pdf.detach().clamp(self._low, self._high)
+        # x less itself is nothing in the forward pass and the clipped density in the backward pass.
+        return betainc(a, b, x.detach()) + (x - x.detach()) * density
+
+
+def get_beta_cdf_factory(
+    trainable_params: bool,
+    symmetric: bool,
+    beta_a: Tensor | float,
+    beta_b: Tensor | float | None = None,
+    pdf_clip_min: float = 1e-3,
+    pdf_clip_max: float = 100,
+) -> _ClippedBetaCDF:
+    """The Beta CDF under its published name, its density clipped in the backward pass.
+
+    Args:
+        trainable_params: whether ``apply`` takes the parameters, ``apply(x, a)`` or ``apply(x, a, b)``, and
+            differentiates in them; otherwise ``apply(x)`` uses those given here.
+        symmetric: whether b is 1 - a.
+        beta_a: first concentration, positive.
+        beta_b: second concentration, positive; not read if ``symmetric``.
+        pdf_clip_min: lower limit of the density in the backward pass.
+        pdf_clip_max: upper limit of the density in the backward pass.
+
+    Returns:
+        An object whose ``apply`` is the CDF.
+
+    Raises:
+        ValueError: if there is no b.
+
+    Example:
+        >>> get_beta_cdf_factory(False, False, 2.0, 6.0).apply(torch.tensor([0.1, 0.25, 0.9]))
+        tensor([0.1497, 0.5551, 1.0000])
+    """
+    if not symmetric and beta_b is None:
+        raise ValueError("beta_b must be given unless symmetric is True, received None")
+    fixed = (
+        None
+        if trainable_params
+        else tuple(v.detach() if isinstance(v, Tensor) else v for v in (beta_a, beta_b))
+    )
+    return _ClippedBetaCDF(cast("tuple[Any, Any] | None", fixed), symmetric, pdf_clip_min, pdf_clip_max)

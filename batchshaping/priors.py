@@ -1,0 +1,327 @@
+"""The priors: torch distributions that know their CDF, its inverse and every derivative of it.
+
+Parameters are kept as they were given. A number is used in double precision whatever the dtype of the
+values; a tensor that an optimizer updates in place is read anew at each call, so a prior can be made once and
+learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributions as td
+from torch import Tensor
+
+from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
+
+__all__ = ["Beta", "CDFDerivatives", "ClosedFormPrior", "Normal", "RelaxedBernoulli", "SymBeta"]
+
+
+class CDFDerivatives(NamedTuple):
+    """The CDF at x, the density, and the CDF's derivative in each parameter (empty where not asked for)."""
+
+    cdf: Tensor
+    pdf: Tensor
+    parameters: tuple[Tensor, ...]
+
+
+class _Range(NamedTuple):
+    """The values that a parameter can take."""
+
+    description: str
+    holds: Callable[[Tensor], Tensor]
+
+
+_POSITIVE = _Range("positive and finite", lambda v: (v > 0) & v.isfinite())
+_UNIT = _Range("between 0 and 1, both excluded", lambda v: (v > 0) & (v < 1))
+_REAL = _Range("finite", torch.isfinite)
+
+
+class ClosedFormPrior(td.Distribution):
+    """A distribution on the line whose CDF has derivatives in closed form.
+
+    A subclass names its parameters and their ranges in ``ranges``, and defines ``evaluate``, ``cdf`` and
+    ``icdf``.
+    """
+
+    ranges: ClassVar[dict[str, _Range]]
+
+    def _set_parameters(self, validate_args: bool | None, **given: Tensor | float) -> None:
+        """Keep the parameters as given, checked; numbers in double precision."""
+        self._given = given
+        self._tensors = {
+            name: torch.tensor(float(value), dtype=torch.float64)
+            if not isinstance(value, Tensor)
+            else value
+            if value.is_floating_point()
+            else value.to(torch.get_default_dtype())
+            for name, value in given.items()
+        }
+        try:
+            batch_shape = torch.broadcast_shapes(*(t.shape for t in self._tensors.values()))
+        except RuntimeError:
+            shapes = ", ".join(f"{k} {tuple(t.shape)}" for k, t in self._tensors.items())
+            raise ValueError(f"{type(self).__name__}: parameters must broadcast, received {shapes}") from None
+        if validate_args is not False:
+            for name, tensor in self._tensors.items():
+                self._check(name, tensor)
+        # torch's own checks would print a tensor over many lines, and read it on every device.
+        td.Distribution.__init__(self, batch_shape, validate_args=False)
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+            return
+        wrong = ~self.ranges[name].holds(tensor.detach())
+        try:
+            if not wrong.any():
+                return
+        except RuntimeError:  # under vmap a parameter has no value of its own
+            return
+        values = tensor.detach()[wrong]
+        count = "" if tensor.ndim == 0 else f" ({len(values)} of {tensor.numel()} values)"
+        raise ValueError(
+            f"{type(self).__name__}: {name} must be {self.ranges[name].description}, "
+            f"received {values[0].item():.6g}{count}"
+        )
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that ``evaluate`` takes, in its order, with the graph to what was given."""
+        return tuple(self._tensors.values())
+
+    def parameter(self, name: str) -> Tensor:
+        """One parameter by its name, in ``batch_shape`` and, if given as a number, the default dtype."""
+        value = self._tensors[name]
+        if not isinstance(self._given[name], Tensor):
+            value = value.to(torch.get_default_dtype())
+        return value.expand(self.batch_shape)
+
+    @staticmethod
+    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
+        """The CDF at x and its derivatives, without a graph; parameters and x broadcast."""
+        raise NotImplementedError
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        parameters: dict[str, Any] = {n: self.parameter(n).expand(batch_shape) for n in self._given}
+        return type(self)(**parameters, validate_args=False)
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}=tensor{tuple(value.shape)}"
+            if isinstance(value, Tensor) and value.ndim
+            else f"{name}={float(value):.6g}"
+            for name, value in self._given.items()
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _in_dtype_of(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Parameters without dimensions rounded to x's dtype; others as they are."""
+    return tuple(p.to(x.dtype) if p.ndim == 0 else p for p in parameters)
+
+
+class Beta(ClosedFormPrior, td.Beta):
+    r"""The Beta distribution on (0, 1).
+
+    .. math::
+        F(x) = I_x(a, b)
+
+    a and b both below 1 give a U shape: values near 0 or near 1, few between, as a gate should have them.
+
+    Args:
+        a: first concentration, positive; its ratio to a + b is the mean.
+        b: second concentration, positive, of a shape that broadcasts with a's.
+
+    Raises:
+        ValueError: if a parameter is not positive, or their shapes do not broadcast.
+
+    Example:
+        >>> Beta(0.6, 0.4).cdf(torch.tensor([0.1, 0.5, 0.9]))
+        tensor([0.1297, 0.3841, 0.6951])
+    """
+
+    ranges = {"a": _POSITIVE, "b": _POSITIVE}
+
+    def __init__(self, a: Tensor | float, b: Tensor | float, validate_args: bool | None = None) -> None:
+        self._set_parameters(validate_args, a=a, b=b)
+
+    @property
+    def _dirichlet(self) -> td.Dirichlet:  # type: ignore[override]
+        """What torch's Beta samples and scores with, made anew so that learned parameters are current."""
+        both = torch.stack([self.concentration1, self.concentration0], dim=-1)
+        return td.Dirichlet(both, validate_args=False)
+
+    @property
+    def concentration1(self) -> Tensor:
+        """The parameter a, of shape ``batch_shape``."""
+        return self.parameter("a")
+
+    @property
+    def concentration0(self) -> Tensor:
+        """The parameter b, of shape ``batch_shape``."""
+        return self.parameter("b")
+
+    @staticmethod
+    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
+        a, b = parameters
+        at = cdf_beta.evaluate(a, b, x, gradients=gradients)
+        return CDFDerivatives(at.cdf, at.pdf, tuple(g for g in (at.a, at.b) if g is not None))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        a, b = self.parameters
+        return cdf_beta.betainc(a, b, value)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        a, b = self.parameters
+        return cdf_beta.betaincinv(a, b, value)
+
+
+class SymBeta(Beta):
+    r"""The Beta distribution whose concentrations add up to one, U-shaped with mean a.
+
+    .. math::
+        F(x) = I_x(a, 1 - a)
+
+    Args:
+        a: mean of the distribution, in (0, 1).
+
+    Raises:
+        ValueError: if a is not in (0, 1).
+
+    Example:
+        >>> SymBeta(0.6).icdf(torch.tensor([0.1, 0.5, 0.9]))
+        tensor([0.0657, 0.6802, 0.9937])
+    """
+
+    ranges = {"a": _UNIT}
+
+    def __init__(self, a: Tensor | float, validate_args: bool | None = None) -> None:
+        self._set_parameters(validate_args, a=a)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        (a,) = self._tensors.values()
+        return a, 1 - a
+
+    @property
+    def concentration0(self) -> Tensor:
+        """1 - a, of shape ``batch_shape``."""
+        return 1 - self.parameter("a")
+
+
+class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
+    r"""The Relaxed Bernoulli (binary concrete) distribution on (0, 1).
+
+    .. math::
+        F(x) = \mathrm{sigmoid}( \tau \, \mathrm{logit}(x) - \mathrm{logit}(\mu) )
+
+    The probability of x > 1/2 is the mean of the Bernoulli that is relaxed; the lower the temperature, the
+    closer the values to 0 and 1.
+
+    Args:
+        mean: :math:`\mu`, the mean of the Bernoulli, in (0, 1); torch calls it ``probs``.
+        temperature: :math:`\tau`, positive, of a shape that broadcasts with the mean's.
+
+    Raises:
+        ValueError: if the mean is not in (0, 1), the temperature not positive, or their shapes do not
+            broadcast.
+
+    References:
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017, https://arxiv.org/abs/1611.00712.
+
+    Example:
+        >>> RelaxedBernoulli(mean=0.2, temperature=0.25).cdf(torch.tensor([0.1, 0.5, 0.9]))
+        tensor([0.6978, 0.8000, 0.8739])
+    """
+
+    ranges = {"mean": _UNIT, "temperature": _POSITIVE}
+
+    def __init__(
+        self,
+        mean: Tensor | float,
+        temperature: Tensor | float,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.transforms = [td.SigmoidTransform()]
+        self._set_parameters(validate_args, mean=mean, temperature=temperature)
+
+    @property
+    def base_dist(self) -> Any:  # type: ignore[override]
+        """The logistic distribution of logit(x), made anew so that learned parameters are current."""
+        return td.relaxed_bernoulli.LogitRelaxedBernoulli(
+            self.temperature, probs=self.parameter("mean"), validate_args=False
+        )
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature, of shape ``batch_shape``."""
+        return self.parameter("temperature")
+
+    @staticmethod
+    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
+        mean, temperature = _in_dtype_of(x, *parameters)
+        at = cdf_relaxedbernoulli.evaluate(mean, temperature, x, gradients=gradients)
+        derivatives = (at.mean, at.temperature)
+        return CDFDerivatives(at.cdf, at.pdf, tuple(g for g in derivatives if g is not None))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        mean, temperature = _in_dtype_of(value, *self.parameters)
+        inside = (value > 0) & (value < 1) | value.isnan()
+        logit = torch.logit(torch.where(inside, value, 0.5))
+        cdf = torch.sigmoid(temperature * logit - torch.logit(mean))
+        return torch.where(inside, cdf, (value > 0.5).to(value.dtype))
+
+    def icdf(self, value: Tensor) -> Tensor:
+        mean, temperature = _in_dtype_of(value, *self.parameters)
+        return torch.sigmoid((torch.logit(value) + torch.logit(mean)) / temperature)
+
+
+class Normal(ClosedFormPrior, td.Normal):
+    r"""The Normal distribution.
+
+    .. math::
+        F(x) = \Phi\left( \frac{x - \mu}{\sigma} \right)
+
+    Args:
+        loc: mean :math:`\mu`.
+        scale: standard deviation :math:`\sigma`, positive, of a shape that broadcasts with the mean's.
+
+    Raises:
+        ValueError: if the scale is not positive, or the shapes do not broadcast.
+
+    Example:
+        >>> Normal(0.6, 0.1).cdf(torch.tensor([0.5, 0.6, 0.7]))
+        tensor([0.1587, 0.5000, 0.8413])
+    """
+
+    ranges = {"loc": _REAL, "scale": _POSITIVE}
+
+    def __init__(self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None) -> None:
+        self._set_parameters(validate_args, loc=loc, scale=scale)
+
+    @property
+    def loc(self) -> Tensor:  # type: ignore[override]
+        """The mean, of shape ``batch_shape``."""
+        return self.parameter("loc")
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """The standard deviation, of shape ``batch_shape``."""
+        return self.parameter("scale")
+
+    @staticmethod
+    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
+        loc, scale = _in_dtype_of(x, *parameters)
+        at = cdf_normal.evaluate(loc, scale, x, gradients=gradients)
+        return CDFDerivatives(at.cdf, at.pdf, tuple(g for g in (at.mean, at.std) if g is not None))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        loc, scale = _in_dtype_of(value, *self.parameters)
+        return cdf_normal.get_normal_cdf(value, loc, scale)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        loc, scale = _in_dtype_of(value, *self.parameters)
+        standard: Tensor = torch.special.ndtri(value)
+        return loc + scale * standard
