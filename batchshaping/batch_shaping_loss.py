@@ -15,7 +15,7 @@ ranks, F and the density f, all at hand after the sort, so that the forward pass
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
-from batchshaping.priors import Beta, CDFDerivatives, ClosedFormPrior, Normal, RelaxedBernoulli
+from batchshaping.derivatives import CDF, CDFDerivatives
+from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli
 from batchshaping.ranking import OrderStatistics, order_statistics, ranks
 
 __all__ = ["BatchShapingLoss", "GeneralizedBatchShapingLoss", "Prior", "batch_shaping", "gbas_loss"]
@@ -36,31 +37,49 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Values evaluated at a time: few enough that the intermediate results stay in a core's cache, and that memory
+# is bounded however many there are. Other devices take all at once.
+_TILE = 2**16
+
+
 class _Samples:
-    """The sorted samples of each array, their plotting positions and weights, all of shape (..., N)."""
+    """The sorted samples of each array, of shape (..., N), and the plotting positions that belong to them.
+
+    ``count`` is the number of samples, the same for all arrays or, with a mask, (..., 1); what is masked
+    stands behind the samples with the value of the first. ``poison`` of shape (...) is NaN for an array with
+    a NaN and 0 otherwise.
+    """
 
     def __init__(self, x: Tensor, mask: Tensor | None, ties: bool) -> None:
         self.order: OrderStatistics = order_statistics(x, mask)
         values = self.order.values
         n = values.shape[-1]
-        # A NaN is sorted last, behind what is masked. It makes the whole array NaN.
-        self.poison = torch.where(values[..., -1:].isnan(), torch.nan, 0.0).to(x.dtype)
-        count: Tensor | int = n
-        self.weights: Tensor | float = 1.0 / n
+        # A NaN is sorted last, behind what is masked.
+        self.poison = torch.where(values[..., -1].isnan(), torch.nan, 0.0).to(x.dtype)
+        self.count: Tensor | int = n
+        self.is_sample: Tensor | None = None
         if mask is not None:
-            count = mask.sum(dim=-1, keepdim=True).to(x.dtype)
-            is_sample = torch.arange(n, device=x.device) < count
-            self.weights = is_sample / count
-            values = torch.where(is_sample, values, values[..., :1])
-        self.values = values
-        self.positions = ranks(values if mask is None else self.order.values, count, ties) / (count + 1)
+            self.count = mask.sum(dim=-1, keepdim=True)
+            self.is_sample = torch.arange(n, device=x.device) < self.count
+        self.positions = ranks(values, self.count, ties) / (self.count + 1)
+        self.values = (
+            values if self.is_sample is None else torch.where(self.is_sample, values, values[..., :1])
+        )
+
+    def tiles(self) -> Iterator[slice]:
+        """Parts of the last dimension, one after the other."""
+        n = self.values.shape[-1]
+        whole = self.values.device.type != "cpu" or torch.compiler.is_compiling()
+        width = n if whole else max(1, _TILE * n // max(self.values.numel(), 1))
+        return (slice(start, min(start + width, n)) for start in range(0, n, width))
 
 
 class _ClosedFormLoss(torch.autograd.Function):
     """The loss of each array, with the gradients computed beside it in the forward pass.
 
     x and the mask have shape (..., N), the parameters broadcast with (...). Returned are the losses of shape
-    (...), and for the backward pass the gradient in x and that in each parameter, the latter an array's each.
+    (...), and for the backward pass the gradient in x, the factor that all gradients of an array have in
+    common, and the gradients in the parameters, of shape (...) each.
     """
 
     @staticmethod
@@ -69,50 +88,62 @@ class _ClosedFormLoss(torch.autograd.Function):
         mask: Tensor | None,
         ties: bool,
         gradients: tuple[bool, bool],
-        evaluate: Callable[[tuple[Tensor, ...], Tensor, bool], CDFDerivatives],
+        prepare: Callable[[tuple[Tensor, ...], torch.dtype, bool], CDF],
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         needs_x, needs_parameters = gradients
         samples = _Samples(x, mask, ties)
         columns = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
-        at = evaluate(columns, samples.values, needs_parameters)
-        residual = at.cdf - samples.positions
-        slope = 2 * residual * samples.weights
-        loss = (residual.square() * samples.weights + samples.poison).sum(dim=-1)
-        by_parameter = [(slope * derivative).sum(dim=-1) for derivative in at.parameters]
-        by_x = samples.order.unsort(slope * at.pdf + samples.poison) if needs_x else x.new_empty(0)
+        cdf = prepare(columns, x.dtype, needs_parameters)
+        total = x.new_zeros(x.shape[:-1])
+        by_parameter = [x.new_zeros(x.shape[:-1]) for _ in parameters] if needs_parameters else []
+        by_x = torch.empty_like(samples.values) if needs_x else x.new_empty(0)
+        for tile in samples.tiles():
+            at = cdf(samples.values[..., tile])
+            residual = at.cdf.sub_(samples.positions[..., tile])
+            if samples.is_sample is not None:
+                residual.mul_(samples.is_sample[..., tile])
+            total += torch.linalg.vecdot(residual, residual)
+            for accumulated, derivative in zip(by_parameter, at.parameters, strict=True):
+                accumulated += torch.linalg.vecdot(residual, derivative)
+            if needs_x:
+                by_x.scatter_(-1, samples.order.indices[..., tile], residual.mul_(at.pdf))
+        count = samples.count if isinstance(samples.count, int) else samples.count.squeeze(-1)
+        loss = total / count + samples.poison
+        factor = 2 / torch.as_tensor(count, device=x.device) + samples.poison
         if needs_x and mask is not None:
             by_x.masked_fill_(~mask, 0.0)
-        return loss, by_x, *by_parameter
+        return loss, by_x, factor, *by_parameter
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        _, by_x, *by_parameter = output
-        ctx.mark_non_differentiable(by_x, *by_parameter)
-        ctx.save_for_backward(by_x, *by_parameter)
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.parameter_shapes = [(p.shape, p.dtype) for p in inputs[5:]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
-        by_x, *by_parameter = ctx.saved_tensors
-        nothing = (None,) * 4
+        by_x, factor, *by_parameter = ctx.saved_tensors
+        unused = (None,) * 4
         if gradient is None:
-            return None, *nothing, *(None for _ in ctx.parameter_shapes)
+            return None, *unused, *(None for _ in ctx.parameter_shapes)
         needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        gradient_x = gradient.unsqueeze(-1) * by_x if needs_x else None
+        scaled = gradient * factor
+        gradient_x = scaled.unsqueeze(-1) * by_x if needs_x else None
         gradient_parameters = [
-            (gradient * by_parameter[k]).sum_to_size(shape).to(dtype) if needed else None
+            (scaled * by_parameter[k]).sum_to_size(shape).to(dtype) if needed else None
             for k, ((shape, dtype), needed) in enumerate(
                 zip(ctx.parameter_shapes, needs_parameters, strict=True)
             )
         ]
-        return gradient_x, *nothing, *gradient_parameters
+        return gradient_x, *unused, *gradient_parameters
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, mask: Any, ties: Any, *rest: Any) -> Any:
-        gradients, evaluate, *parameters = rest
+        gradients, prepare, *parameters = rest
         x_dim, mask_dim, *_ = in_dims
         size = info.batch_size
         x = x.expand(size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
@@ -126,7 +157,7 @@ class _ClosedFormLoss(torch.autograd.Function):
                 padding = [1] * (arrays - parameter.ndim + 1)
                 parameter = parameter.reshape(size, *padding, *parameter.shape[1:])
             aligned.append(parameter)
-        outputs = _ClosedFormLoss.apply(x, mask, ties, gradients, evaluate, *aligned)
+        outputs = _ClosedFormLoss.apply(x, mask, ties, gradients, prepare, *aligned)
         return outputs, tuple(0 for _ in outputs)
 
 
@@ -134,7 +165,7 @@ def _closed_form(prior: ClosedFormPrior, x: Tensor, mask: Tensor | None, ties: b
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
     gradients = (graph and x.requires_grad, graph and any(p.requires_grad for p in parameters))
-    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, mask, ties, gradients, prior.evaluate, *parameters)
+    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, mask, ties, gradients, prior.prepare, *parameters)
     return outputs[0]
 
 
@@ -143,10 +174,13 @@ def _by_autograd(prior: Distribution, x: Tensor, mask: Tensor | None, ties: bool
     with torch.no_grad():
         samples = _Samples(x, mask, ties)
     values = x.gather(-1, samples.order.indices)
-    if mask is not None:
-        values = torch.where(torch.as_tensor(samples.weights > 0), values, values[..., :1])
-    residual = _cdf_on_the_line(prior, values) - samples.positions
-    return (residual.square() * samples.weights + samples.poison).sum(dim=-1)
+    is_sample: Tensor | float = 1.0
+    if samples.is_sample is not None:
+        is_sample = samples.is_sample
+        values = torch.where(is_sample, values, values[..., :1])
+    residual = (_cdf_on_the_line(prior, values) - samples.positions) * is_sample
+    count = samples.count if isinstance(samples.count, int) else samples.count.squeeze(-1)
+    return residual.square().sum(dim=-1) / count + samples.poison
 
 
 def _cdf_on_the_line(prior: Distribution, values: Tensor) -> Tensor:
@@ -469,19 +503,29 @@ class _ClippedBeta(Beta):
     """A Beta prior whose density is clipped in the backward pass, as published."""
 
     @staticmethod
-    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
-        at = Beta.evaluate(parameters, x, gradients)
-        return at._replace(pdf=at.pdf.clamp_(1e-3, 100))
+    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+        cdf = Beta.prepare(parameters, dtype, gradients)
+
+        def clipped(x: Tensor) -> CDFDerivatives:
+            at = cdf(x)
+            return at._replace(pdf=at.pdf.clamp_(1e-3, 100))
+
+        return clipped
 
 
 class _ClippedRelaxedBernoulli(RelaxedBernoulli):
     """A Relaxed Bernoulli prior that clips the values, as published."""
 
     @staticmethod
-    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
-        clipped = x.clamp(1e-3, 1 - 1e-3)
-        at = RelaxedBernoulli.evaluate(parameters, clipped, gradients)
-        return at._replace(pdf=at.pdf * (clipped == x))
+    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+        cdf = RelaxedBernoulli.prepare(parameters, dtype, gradients)
+
+        def clipped(x: Tensor) -> CDFDerivatives:
+            inside = x.clamp(1e-3, 1 - 1e-3)
+            at = cdf(inside)
+            return at._replace(pdf=at.pdf.mul_(inside == x))
+
+        return clipped
 
 
 _SEED_PRIORS: dict[Prior, Callable[..., ClosedFormPrior]] = {

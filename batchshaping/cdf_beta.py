@@ -16,16 +16,30 @@ term by term, as in Boik and Robison-Cox (1998).
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["beta_pdf", "betainc", "betaincinv", "evaluate", "get_beta_cdf_factory", "log_beta"]
+from batchshaping.derivatives import CDFDerivatives
 
-# Above this parameter, float32 no longer carries the exponent a log x of the prefactor to 5e-7.
-_FLOAT32_PARAMETER_LIMIT = 4.0
+__all__ = [
+    "BetaCDF",
+    "beta_pdf",
+    "betainc",
+    "betaincinv",
+    "fixed_beta_cdf",
+    "get_beta_cdf_factory",
+    "log_beta",
+]
+
+# Above this size of a log(mean), float32 needs the exponent relative to the mean for a precision of 5e-7.
+_LARGE = 5.0
+# Above this sum of the parameters, that does not suffice either.
+_FLOAT32_LIMIT = 128.0
 _CHUNK = 2**14
 _NEWTON_STEPS = 15
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
@@ -55,8 +69,8 @@ def log_beta(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-class BetaDerivatives(NamedTuple):
-    """I_x(a, b), its derivative in x (the density) and, where asked for, in a and in b.
+class _Parts(NamedTuple):
+    """The CDF, the density and, with gradients, the CDF's derivatives in a and b.
 
     The tail is I_x left of (a + 1) / (a + b + 2) and 1 - I_x right of it, to full relative precision.
     """
@@ -68,125 +82,223 @@ class BetaDerivatives(NamedTuple):
     b: Tensor | None = None
 
 
-class _Fraction(NamedTuple):
-    """t_0 of the continued fraction and, where asked for, its derivatives in p and q."""
+def _steps(p: Tensor, precise: bool) -> int:
+    """How many steps of the fraction reach float64 (precise) or float32 precision, for every q.
 
-    value: Tensor
-    p: Tensor | None = None
-    q: Tensor | None = None
-
-
-def _steps(p: Tensor, double: bool) -> int:
-    """How many steps of the fraction reach full precision, for every q and every argument left of the split.
-
-    Measured against 40 digits on p, q in [0.01, 1000]: the count grows like the cube root of p. A parameter
-    whose value cannot be read without stopping the device (or a compiler) gets the largest of that range.
+    Measured against 600 steps for p and q in [0.001, 3000] at the split, where convergence is slowest; the
+    count grows like the cube root of p. A parameter whose value cannot be read without stopping the device
+    gets what p = 1000 needs.
     """
     largest = float(p.max()) if p.device.type == "cpu" and p.numel() else 1000.0
     root = max(largest, 0.0) ** (1 / 3) if math.isfinite(largest) else 0.0
-    return math.ceil(10 + 7.5 * root) if double else math.ceil(6 + 2 * root)
+    return math.ceil(10 + 7.5 * root) if precise else math.ceil(5 + 3.4 * root)
 
 
-def _fraction(p: Tensor, q: Tensor, y: Tensor, steps: int, gradients: bool) -> _Fraction:
-    """The continued fraction from its tail to its head, y at most (p + 1) / (p + q + 2).
+class _Fraction:
+    """The continued fraction as a function of y, at most (p + 1) / (p + q + 2), with its coefficients made.
 
-    t_n = p + 2 n + slope_n y + factor_n y^2 / t_{n+1}; the coefficients have the shape of the parameters
-    and are made for all n at once.
+    t_n = p + 2 n + slope_n y + factor_n y^2 / t_{n+1}. Returned is t_0, with gradients its derivatives in p
+    and in q too. The coefficients have the shape of the parameters; for one pair without gradients they are
+    numbers, which makes two passes over y a step instead of five.
+
+    Where p is large, p + slope_0 y cancels near the mean. There the lines are taken in the offset of y from a
+    centre, in which they are exact; elsewhere the centre is 0 and the offset y itself.
     """
-    n = torch.arange(steps, dtype=p.dtype, device=p.device).reshape(-1, *[1] * p.ndim)
-    odd, even = p + (2 * n + 1), p + (2 * n - 1)
-    product = (p + n) * (p + q + n)
-    constant = p + 2 * n
-    slope = torch.where(n > 0, n * (q - n) / even, 0.0) - product / odd
-    weight = (n + 1) / odd.square()
-    factor = product * weight * (q - n - 1)
-    y_square = y * y
-    t = slope[-1] * y
-    t += constant[-1]
-    if not gradients:
-        for k in range(steps - 2, -1, -1):
-            numerator = factor[k] * y_square
-            numerator /= t
-            torch.mul(y, slope[k], out=t)
-            t += constant[k]
-            t += numerator
-        return _Fraction(t)
 
-    product_p = 2 * p + q + 2 * n
-    slope_p = product / odd.square() - product_p / odd - torch.where(n > 0, n * (q - n) / even.square(), 0.0)
-    slope_q = torch.where(n > 0, n / even, 0.0) - (p + n) / odd
-    factor_p = weight * (q - n - 1) * (product_p - 2 * product / odd)
-    factor_q = weight * (p + n) * (p + 2 * q - 1)
-    t_p = slope_p[-1] * y
-    t_p += 1.0
-    t_q = slope_q[-1] * y
-    for k in range(steps - 2, -1, -1):
-        ratio = y_square / t
-        decay = ratio / t
-        decay *= factor[k]
-        t_p *= decay
-        t_p = torch.addcmul(slope_p[k] * y, factor_p[k], ratio).sub_(t_p).add_(1.0)
-        t_q *= decay
-        t_q = torch.addcmul(slope_q[k] * y, factor_q[k], ratio).sub_(t_q)
-        t = torch.addcmul(slope[k] * y, factor[k], ratio).add_(constant[k])
-    return _Fraction(t, t_p, t_q)
+    def __init__(
+        self, p: Tensor, q: Tensor, steps: int, gradients: bool, centre: Tensor, working: torch.dtype
+    ) -> None:
+        n = torch.arange(steps, dtype=p.dtype, device=p.device).reshape(-1, *[1] * p.ndim)
+        # The first slope has no term over p - 1, which may be zero.
+        odd, even = p + (2 * n + 1), torch.where(n > 0, p + (2 * n - 1), 1.0)
+        product = (p + n) * (p + q + n)
+        weight = (n + 1) / odd.square()
+        first = n / even
+        slope = first * (q - n) - product / odd
+        self.constant = (p + 2 * n + slope * centre).to(working)
+        self.slope = slope.to(working)
+        self.factor = (product * weight * (q - n - 1)).to(working)
+        self._method: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self._fold_many
+        if gradients:
+            product_p = 2 * p + q + 2 * n
+            slope_p = product / odd.square() - product_p / odd - first * (q - n) / even
+            self.slope_p, self.slope_q = slope_p.to(working), (first - (p + n) / odd).to(working)
+            self.factor_p = (weight * (q - n - 1) * (product_p - 2 * product / odd)).to(working)
+            self.factor_q = (weight * (p + n) * (p + 2 * q - 1)).to(working)
+            self._method = self._fold_gradients
+        elif p.numel() == 1 and p.device.type == "cpu":
+            self.slope_numbers = self.slope.reshape(-1).tolist()
+            self.factor_numbers = self.factor.reshape(-1).tolist()
+            self._method = self._fold_one
+
+    def __call__(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        return self._method(y, offset)
+
+    def _fold_one(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        constant, slopes, factors = self.constant.reshape(-1), self.slope_numbers, self.factor_numbers
+        y_square = y * y
+        t = torch.add(constant[-1], offset, alpha=slopes[-1])
+        line = torch.empty_like(t)
+        for k in range(len(slopes) - 2, -1, -1):
+            torch.add(constant[k], offset, alpha=slopes[k], out=line)
+            torch.addcdiv(line, y_square, t, value=factors[k], out=t)
+        return (t,)
+
+    def _fold_many(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        y_square = y * y
+        t = offset * self.slope[-1]
+        t += self.constant[-1]
+        ratio = torch.empty_like(t)
+        for k in range(len(self.slope) - 2, -1, -1):
+            torch.mul(y_square, self.factor[k], out=ratio)
+            ratio /= t
+            torch.mul(offset, self.slope[k], out=t)
+            t += self.constant[k]
+            t += ratio
+        return (t,)
+
+    def _fold_gradients(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        y_square = y * y
+        t = offset * self.slope[-1]
+        t += self.constant[-1]
+        t_p = y * self.slope_p[-1]
+        t_p += 1.0
+        t_q = y * self.slope_q[-1]
+        ratio, decay, line = torch.empty_like(t), torch.empty_like(t), torch.empty_like(t)
+        for k in range(len(self.slope) - 2, -1, -1):
+            torch.div(y_square, t, out=ratio)
+            torch.div(ratio, t, out=decay).mul_(-self.factor[k])
+            torch.mul(y, self.slope_p[k], out=line).add_(1.0)
+            t_p.mul_(decay).add_(line).addcmul_(ratio, self.factor_p[k])
+            t_q.mul_(decay).add_(torch.mul(y, self.slope_q[k], out=line)).addcmul_(ratio, self.factor_q[k])
+            torch.mul(offset, self.slope[k], out=t)
+            t += self.constant[k]
+            t += ratio.mul_(self.factor[k])
+        return t, t_p, t_q
 
 
-def evaluate(a: Tensor, b: Tensor, x: Tensor, *, gradients: bool = False) -> BetaDerivatives:
-    """I_x(a, b) and its derivatives in one pass, without a graph, in x's dtype.
+def _choose(left: Tensor | None, right: Tensor | None, in_right: Tensor) -> Tensor:
+    """Values of the side that each element is on; a side that no element is on need not be there."""
+    if left is None or right is None:
+        return cast("Tensor", right if left is None else left)
+    # Weights 0 and 1 make lerp an exact choice, several times faster than where.
+    return torch.lerp(left, right, in_right)
+
+
+class BetaCDF:
+    """I_x(a, b) and its derivatives as a function of x, without a graph, all that depends on a and b made.
 
     a, b and x broadcast. Outside (0, 1) the CDF is 0 or 1 and the density 0, as at the ends themselves,
     where the density of a U-shaped Beta has no finite value. NaN in, NaN out.
+
+    Args:
+        a: first concentration, positive.
+        b: second concentration, positive.
+        dtype: floating dtype of the values to come, and of what is returned for them.
+        gradients: whether to return the derivatives in a and b as well.
     """
-    a, b = torch.broadcast_tensors(a.double(), b.double())
-    if a.numel() <= _CHUNK:
-        return _evaluate(a, b, x, gradients)
-    # The coefficients take tens of times the memory of the parameters, so many parameters go in parts.
+
+    def __init__(self, a: Tensor, b: Tensor, dtype: torch.dtype, *, gradients: bool = False) -> None:
+        a, b = torch.broadcast_tensors(a.double(), b.double())
+        self.dtype, self.shape, self.gradients = dtype, a.shape, gradients
+        self.readable = a.device.type == "cpu" and a.numel() > 0
+        total = a + b
+        # In float32 a log x is precise where it is small, and a log(x / mean) near the mean.
+        large = [
+            (float(size.min()) > _LARGE, float(size.max()) > _LARGE) if self.readable else (False, True)
+            for size in (-a * (a / total).log(), -b * (b / total).log())
+        ]
+        uniform = all(least == greatest for least, greatest in large)
+        single = dtype == torch.float32 and uniform and self.readable and float(total.max()) <= _FLOAT32_LIMIT
+        self.working = working = torch.float32 if single else torch.float64
+        self.large_a, self.large_b = (least and single for least, _ in large)
+        centre = (a / total).to(working)
+        self.centre, self.far_centre = centre, 1 - centre
+        self.a, self.b = a.to(working), b.to(working)
+        self.split = ((a + 1) / (total + 2)).to(working)
+        self.split_range = (float(self.split.min()), float(self.split.max())) if self.readable else (0.0, 1.0)
+        # The exponent is taken relative to the centre, where it is 0: the rest of 1 / B(a, b) multiplies.
+        log_centre, log_far = centre.double().log(), torch.log1p(-centre.double())
+        self.scale = (a * log_centre + b * log_far - log_beta(a, b)).exp().to(working)
+        self.peak = (a * log_centre * (not self.large_a) + b * log_far * (not self.large_b)).to(working)
+        precise, zero = dtype == torch.float64, torch.zeros_like(a)
+        self.left = _Fraction(
+            a, b, _steps(a, precise), gradients, centre.double() if self.large_a else zero, working
+        )
+        self.right = _Fraction(
+            b, a, _steps(b, precise), gradients, 1 - centre.double() if self.large_b else zero, working
+        )
+        if gradients:
+            digamma_total = torch.digamma(total)
+            self.shift_a = (digamma_total - torch.digamma(a) + log_centre * self.large_a).to(working)
+            self.shift_b = (digamma_total - torch.digamma(b) + log_far * self.large_b).to(working)
+
+    def __call__(self, x: Tensor) -> CDFDerivatives:
+        found = self.parts(x)
+        return CDFDerivatives(found.cdf, found.pdf, tuple(g for g in found[3:] if g is not None))
+
+    def parts(self, x: Tensor) -> _Parts:
+        """The same with the tail that the CDF is made of."""
+        shape = torch.broadcast_shapes(self.shape, x.shape)
+        x = x.to(self.working).clamp(0.0, 1.0)
+        complement = 1.0 - x
+        offset = x - self.centre if self.large_a or self.large_b else x
+        log_x = torch.log1p(offset / self.centre) if self.large_a else x.log()
+        log_complement = torch.log1p(offset / -self.far_centre) if self.large_b else torch.log1p(-x)
+        mass = torch.addcmul((log_x * self.a).sub_(self.peak), log_complement, self.b).exp_().mul_(self.scale)
+
+        some_left = some_right = True
+        if self.readable and x.numel():
+            least, greatest = (float(v) for v in torch.aminmax(x))
+            some_left, some_right = not least > self.split_range[1], not greatest <= self.split_range[0]
+        left: tuple[Tensor | None, ...] = (None, None, None)
+        right = left
+        if some_left:
+            y = torch.minimum(x, self.split).expand(shape)
+            left = self.left(y, y - self.centre if self.large_a else y)
+        if some_right:
+            y = torch.minimum(complement, 1 - self.split).expand(shape)
+            right = self.right(y, self.centre - torch.maximum(x, self.split) if self.large_b else y)
+        in_right = x.new_tensor(float(some_right))
+        if some_left and some_right:
+            in_right = torch.gt(x, self.split).to(self.working)
+        fraction = _choose(left[0], right[0], in_right)
+        tail = mass / fraction
+        # The tail itself left of the split, and 1 less it right of it.
+        cdf = (in_right - tail).abs_()
+        pdf = mass.div_(complement.mul_(x).clamp_min_(torch.finfo(self.working).tiny))
+        found = [cdf, tail, pdf]
+        if self.gradients:
+            signed_tail = tail * (1.0 - 2.0 * in_right)
+            lowest = math.log(torch.finfo(self.working).smallest_normal * torch.finfo(self.working).eps)
+            t_a = _choose(left[1], right[2], in_right).div(fraction)
+            t_b = _choose(left[2], right[1], in_right).div(fraction)
+            found += [
+                (log_x.clamp_min_(lowest) + self.shift_a).sub_(t_a).mul_(signed_tail),
+                (log_complement.clamp_min_(lowest) + self.shift_b).sub_(t_b).mul_(signed_tail),
+            ]
+        return _Parts(*(t.to(self.dtype) for t in found))
+
+
+@functools.lru_cache(maxsize=256)
+def fixed_beta_cdf(a: float, b: float, dtype: torch.dtype) -> BetaCDF:
+    """:class:`BetaCDF` of two numbers without their gradients, made once for all calls."""
+    both = torch.tensor([a, b], dtype=torch.float64)
+    return BetaCDF(both[0], both[1], dtype)
+
+
+def _elementwise(a: Tensor, b: Tensor, x: Tensor, gradients: bool = False) -> _Parts:
+    """:class:`BetaCDF` at x for any number of parameters.
+
+    The coefficients take tens of times the memory of the parameters, so many parameters go in parts.
+    """
+    if max(a.numel(), b.numel()) <= _CHUNK:
+        return BetaCDF(a, b, x.dtype, gradients=gradients).parts(x)
     a, b, x = torch.broadcast_tensors(a, b, x)
     chunks = (torch.split(t.reshape(-1), _CHUNK) for t in (a, b, x))
-    parts = [_evaluate(p, q, y, gradients) for p, q, y in zip(*chunks, strict=True)]
+    parts = [BetaCDF(p, q, y.dtype, gradients=gradients).parts(y) for p, q, y in zip(*chunks, strict=True)]
     fields = (torch.cat(field).reshape(x.shape) for field in zip(*parts, strict=True) if None not in field)
-    return BetaDerivatives(*fields)
-
-
-def _evaluate(a: Tensor, b: Tensor, x: Tensor, gradients: bool) -> BetaDerivatives:
-    dtype = x.dtype
-    on_cpu = a.device.type == "cpu"
-    small = on_cpu and a.numel() > 0 and max(float(a.max()), float(b.max())) <= _FLOAT32_PARAMETER_LIMIT
-    working = torch.float32 if dtype == torch.float32 and small else torch.float64
-    total, constant, split = a + b, log_beta(a, b), (a + 1) / (a + b + 2)
-    a_work, b_work, split_work = a.to(working), b.to(working), split.to(working)
-
-    x = x.to(working).clamp(0.0, 1.0)
-    complement = 1.0 - x
-    log_x, log_complement = x.log(), torch.log1p(-x)
-    exponent = a_work * log_x
-    exponent = torch.addcmul(exponent, b_work, log_complement).sub_(constant.to(working))
-    mass = exponent.exp_()
-
-    double = working == torch.float64
-    left = _fraction(a_work, b_work, torch.minimum(x, split_work), _steps(a, double), gradients)
-    right = _fraction(b_work, a_work, torch.minimum(complement, 1 - split_work), _steps(b, double), gradients)
-    # Weights 0 and 1 make lerp an exact choice, several times faster than where.
-    in_right = (x > split_work).to(working)
-    fraction = torch.lerp(left.value, right.value, in_right)
-    tail = mass / fraction
-    cdf = torch.lerp(tail, 1.0 - tail, in_right)
-    pdf = mass / (x * complement).clamp_min_(torch.finfo(working).tiny)
-    if not gradients:
-        return BetaDerivatives(cdf.to(dtype), tail.to(dtype), pdf.to(dtype))
-
-    assert left.p is not None and left.q is not None and right.p is not None and right.q is not None
-    signed_tail = torch.lerp(tail, -tail, in_right)
-    lowest = math.log(torch.finfo(working).smallest_normal * torch.finfo(working).eps)
-    digamma_total = torch.digamma(total)
-    t_a = torch.lerp(left.p, right.q, in_right).div_(fraction)
-    t_b = torch.lerp(left.q, right.p, in_right).div_(fraction)
-    shift_a = (digamma_total - torch.digamma(a)).to(working)
-    shift_b = (digamma_total - torch.digamma(b)).to(working)
-    cdf_a = log_x.clamp_min_(lowest).add_(shift_a).sub_(t_a).mul_(signed_tail)
-    cdf_b = log_complement.clamp_min_(lowest).add_(shift_b).sub_(t_b).mul_(signed_tail)
-    return BetaDerivatives(*(t.to(dtype) for t in (cdf, tail, pdf, cdf_a, cdf_b)))
+    return _Parts(*fields)
 
 
 def beta_pdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
@@ -221,7 +333,7 @@ class _ParameterGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        derivatives = evaluate(a, b, x, gradients=True)
+        derivatives = _elementwise(a, b, x, gradients=True)
         assert derivatives.a is not None and derivatives.b is not None
         return derivatives.a, derivatives.b
 
@@ -243,7 +355,7 @@ class _ParameterGradients(torch.autograd.Function):
 class _BetaInc(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        return evaluate(a, b, x).cdf
+        return _elementwise(a, b, x).cdf
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -337,7 +449,7 @@ def _invert(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
     """
     a, b, p = a.double(), b.double(), p.double()
     split = (a + 1) / (a + b + 2)
-    in_right = p > evaluate(a, b, split).cdf
+    in_right = p > _elementwise(a, b, split).cdf
     target = torch.where(in_right, 1 - p, p).log()
     slope = torch.where(in_right, b, a)
     limit = torch.where(in_right, 1 - split, split)
@@ -346,7 +458,7 @@ def _invert(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
     for _ in range(_NEWTON_STEPS):
         y = end.exp()
         x = torch.where(in_right, 1 - y, y)
-        at = evaluate(a, b, x)
+        at = _elementwise(a, b, x)
         # Rounding can carry 1 - y to the other side of the split, where the tail is the other one.
         tail = torch.where((x > split) == in_right, at.tail, 1 - at.tail)
         distance = torch.where(in_right, 1 - x, x)
@@ -428,7 +540,7 @@ class _ClippedBetaCDF:
         a, *rest = parameters or self._parameters or ()
         b = 1 - a if self._symmetric else rest[0]
         a, b, x = _operands(a=a, b=b, x=x)
-        density = evaluate(a, b, x).pdf.detach().clamp(self._low, self._high)
+        density = _elementwise(a, b, x).pdf.detach().clamp(self._low, self._high)
         # x less itself is nothing in the forward pass and the clipped density in the backward pass.
         return betainc(a, b, x.detach()) + (x - x.detach()) * density
 

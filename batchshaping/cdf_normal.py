@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["NormalDerivatives", "evaluate", "get_normal_cdf"]
+from batchshaping.derivatives import CDFDerivatives
+
+__all__ = ["NormalCDF", "get_normal_cdf"]
 
 
-class NormalDerivatives(NamedTuple):
-    """The CDF, its derivative in x (the density) and, where asked for, in the mean and the deviation."""
+class NormalCDF:
+    """The CDF and its derivatives as a function of x, without a graph; mean, std and x broadcast.
 
-    cdf: Tensor
-    pdf: Tensor
-    mean: Tensor | None = None
-    std: Tensor | None = None
+    Args:
+        mean: mean of the distribution.
+        std: standard deviation, positive.
+        gradients: whether to return the derivatives in the mean and the deviation as well.
+    """
 
+    def __init__(self, mean: Tensor, std: Tensor, *, gradients: bool = False) -> None:
+        self.mean, self.gradients = mean, gradients
+        self.inverse = math.sqrt(0.5) / std
+        self.height = self.inverse / math.sqrt(math.pi)
 
-def evaluate(mean: Tensor, std: Tensor, x: Tensor, *, gradients: bool = False) -> NormalDerivatives:
-    """The CDF and its derivatives in one pass, without a graph; mean, std and x broadcast."""
-    z = (x - mean) / std
-    cdf = torch.erfc(z * -math.sqrt(0.5)).mul_(0.5)
-    pdf = z.square().mul_(-0.5).exp_().div_(math.sqrt(2 * math.pi) * std)
-    if not gradients:
-        return NormalDerivatives(cdf, pdf)
-    # An infinite z has density 0, and its product with z is 0 as well.
-    return NormalDerivatives(cdf, pdf, -pdf, -pdf * z.clamp(-1e6, 1e6))
+    def __call__(self, x: Tensor) -> CDFDerivatives:
+        z = (x - self.mean).mul_(self.inverse)
+        cdf = torch.erfc(-z).mul_(0.5)
+        pdf = (z * z).neg_().exp_().mul_(self.height)
+        if not self.gradients:
+            return CDFDerivatives(cdf, pdf)
+        # An infinite z has density 0, and its product with z is 0 as well.
+        return CDFDerivatives(cdf, pdf, (-pdf, z.clamp_(-1e6, 1e6).mul_(pdf).mul_(-math.sqrt(2.0))))
 
 
 def get_normal_cdf(x_in: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:

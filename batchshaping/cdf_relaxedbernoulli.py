@@ -7,47 +7,48 @@ logistic variable, so that its CDF is a sigmoid in the logit of x.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from batchshaping.derivatives import CDFDerivatives
+
 __all__ = [
-    "RelaxedBernoulliDerivatives",
-    "evaluate",
+    "RelaxedBernoulliCDF",
     "get_relaxed_bernoulli_cdf",
     "get_relaxed_bernoulli_pdf",
 ]
 
 
-class RelaxedBernoulliDerivatives(NamedTuple):
-    """The CDF, its derivative in x (the density) and, where asked for, in the mean and the temperature."""
-
-    cdf: Tensor
-    pdf: Tensor
-    mean: Tensor | None = None
-    temperature: Tensor | None = None
-
-
-def evaluate(
-    mean: Tensor, temperature: Tensor, x: Tensor, *, gradients: bool = False
-) -> RelaxedBernoulliDerivatives:
-    """The CDF and its derivatives in one pass, without a graph; all three broadcast.
+class RelaxedBernoulliCDF:
+    """The CDF and its derivatives as a function of x, without a graph; mean, temperature and x broadcast.
 
     Outside (0, 1) the CDF is 0 or 1 and the density 0, as at the ends themselves.
+
+    Args:
+        mean: probability of the Bernoulli that is relaxed, in (0, 1).
+        temperature: temperature, positive.
+        gradients: whether to return the derivatives in the mean and the temperature as well.
     """
-    tiny, eps = torch.finfo(x.dtype).smallest_normal, torch.finfo(x.dtype).eps
-    x = x.clamp(0.0, 1.0)
-    logit = x.log().sub_(torch.log1p(-x))
-    cdf = torch.addcmul(-torch.logit(mean), temperature, logit).sigmoid_()
-    spread = cdf * (1 - cdf)
-    pdf = (temperature * spread).div_((x * (1 - x)).clamp_min_(tiny))
-    if not gradients:
-        return RelaxedBernoulliDerivatives(cdf, pdf)
-    lowest = math.log(tiny * eps)
-    return RelaxedBernoulliDerivatives(
-        cdf, pdf, -spread / (mean * (1 - mean)), spread * logit.clamp_(lowest, -lowest)
-    )
+
+    def __init__(self, mean: Tensor, temperature: Tensor, *, gradients: bool = False) -> None:
+        self.temperature, self.gradients = temperature, gradients
+        self.shift = torch.logit(mean)
+        self.mean_factor = -1 / (mean * (1 - mean))
+
+    def __call__(self, x: Tensor) -> CDFDerivatives:
+        tiny, eps = torch.finfo(x.dtype).smallest_normal, torch.finfo(x.dtype).eps
+        x = x.clamp(0.0, 1.0)
+        logit = torch.logit(x)
+        cdf = (logit * self.temperature).sub_(self.shift).sigmoid_()
+        spread = (1 - cdf).mul_(cdf)
+        pdf = (1 - x).mul_(x).clamp_min_(tiny)
+        pdf = torch.div(spread, pdf, out=pdf).mul_(self.temperature)
+        if not self.gradients:
+            return CDFDerivatives(cdf, pdf)
+        lowest = math.log(tiny * eps)
+        by_temperature = logit.clamp_(lowest, -lowest).mul_(spread)
+        return CDFDerivatives(cdf, pdf, (spread.mul_(self.mean_factor), by_temperature))
 
 
 def get_relaxed_bernoulli_cdf(

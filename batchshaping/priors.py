@@ -15,16 +15,9 @@ import torch.distributions as td
 from torch import Tensor
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
+from batchshaping.derivatives import CDF
 
-__all__ = ["Beta", "CDFDerivatives", "ClosedFormPrior", "Normal", "RelaxedBernoulli", "SymBeta"]
-
-
-class CDFDerivatives(NamedTuple):
-    """The CDF at x, the density, and the CDF's derivative in each parameter (empty where not asked for)."""
-
-    cdf: Tensor
-    pdf: Tensor
-    parameters: tuple[Tensor, ...]
+__all__ = ["Beta", "ClosedFormPrior", "Normal", "RelaxedBernoulli", "SymBeta"]
 
 
 class _Range(NamedTuple):
@@ -42,7 +35,7 @@ _REAL = _Range("finite", torch.isfinite)
 class ClosedFormPrior(td.Distribution):
     """A distribution on the line whose CDF has derivatives in closed form.
 
-    A subclass names its parameters and their ranges in ``ranges``, and defines ``evaluate``, ``cdf`` and
+    A subclass names its parameters and their ranges in ``ranges``, and defines ``prepare``, ``cdf`` and
     ``icdf``.
     """
 
@@ -88,7 +81,7 @@ class ClosedFormPrior(td.Distribution):
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """The tensors that ``evaluate`` takes, in its order, with the graph to what was given."""
+        """The tensors that ``prepare`` takes, in its order, with the graph to what was given."""
         return tuple(self._tensors.values())
 
     def parameter(self, name: str) -> Tensor:
@@ -99,8 +92,11 @@ class ClosedFormPrior(td.Distribution):
         return value.expand(self.batch_shape)
 
     @staticmethod
-    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
-        """The CDF at x and its derivatives, without a graph; parameters and x broadcast."""
+    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+        """The CDF of these parameters on values of this dtype, with their gradients or without.
+
+        What depends on the parameters only is computed here, once for all values.
+        """
         raise NotImplementedError
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
@@ -117,9 +113,9 @@ class ClosedFormPrior(td.Distribution):
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _in_dtype_of(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Parameters without dimensions rounded to x's dtype; others as they are."""
-    return tuple(p.to(x.dtype) if p.ndim == 0 else p for p in parameters)
+def _rounded(dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Parameters without dimensions in the dtype of the values; others as they are."""
+    return tuple(p.to(dtype) if p.ndim == 0 else p for p in parameters)
 
 
 class Beta(ClosedFormPrior, td.Beta):
@@ -164,10 +160,11 @@ class Beta(ClosedFormPrior, td.Beta):
         return self.parameter("b")
 
     @staticmethod
-    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
+    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
         a, b = parameters
-        at = cdf_beta.evaluate(a, b, x, gradients=gradients)
-        return CDFDerivatives(at.cdf, at.pdf, tuple(g for g in (at.a, at.b) if g is not None))
+        if not gradients and all(p.ndim == 0 and p.device.type == "cpu" for p in parameters):
+            return cdf_beta.fixed_beta_cdf(float(a), float(b), dtype)
+        return cdf_beta.BetaCDF(a, b, dtype, gradients=gradients)
 
     def cdf(self, value: Tensor) -> Tensor:
         a, b = self.parameters
@@ -260,21 +257,19 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
         return self.parameter("temperature")
 
     @staticmethod
-    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
-        mean, temperature = _in_dtype_of(x, *parameters)
-        at = cdf_relaxedbernoulli.evaluate(mean, temperature, x, gradients=gradients)
-        derivatives = (at.mean, at.temperature)
-        return CDFDerivatives(at.cdf, at.pdf, tuple(g for g in derivatives if g is not None))
+    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+        mean, temperature = _rounded(dtype, *parameters)
+        return cdf_relaxedbernoulli.RelaxedBernoulliCDF(mean, temperature, gradients=gradients)
 
     def cdf(self, value: Tensor) -> Tensor:
-        mean, temperature = _in_dtype_of(value, *self.parameters)
+        mean, temperature = _rounded(value.dtype, *self.parameters)
         inside = (value > 0) & (value < 1) | value.isnan()
         logit = torch.logit(torch.where(inside, value, 0.5))
         cdf = torch.sigmoid(temperature * logit - torch.logit(mean))
         return torch.where(inside, cdf, (value > 0.5).to(value.dtype))
 
     def icdf(self, value: Tensor) -> Tensor:
-        mean, temperature = _in_dtype_of(value, *self.parameters)
+        mean, temperature = _rounded(value.dtype, *self.parameters)
         return torch.sigmoid((torch.logit(value) + torch.logit(mean)) / temperature)
 
 
@@ -312,16 +307,15 @@ class Normal(ClosedFormPrior, td.Normal):
         return self.parameter("scale")
 
     @staticmethod
-    def evaluate(parameters: tuple[Tensor, ...], x: Tensor, gradients: bool) -> CDFDerivatives:
-        loc, scale = _in_dtype_of(x, *parameters)
-        at = cdf_normal.evaluate(loc, scale, x, gradients=gradients)
-        return CDFDerivatives(at.cdf, at.pdf, tuple(g for g in (at.mean, at.std) if g is not None))
+    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+        loc, scale = _rounded(dtype, *parameters)
+        return cdf_normal.NormalCDF(loc, scale, gradients=gradients)
 
     def cdf(self, value: Tensor) -> Tensor:
-        loc, scale = _in_dtype_of(value, *self.parameters)
+        loc, scale = _rounded(value.dtype, *self.parameters)
         return cdf_normal.get_normal_cdf(value, loc, scale)
 
     def icdf(self, value: Tensor) -> Tensor:
-        loc, scale = _in_dtype_of(value, *self.parameters)
+        loc, scale = _rounded(value.dtype, *self.parameters)
         standard: Tensor = torch.special.ndtri(value)
         return loc + scale * standard
