@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
+from batchshaping.checks import known_to_hold
 from batchshaping.derivatives import CDF, CDFDerivatives
+from batchshaping.distributed import Collect, Columns, Deal, Group, resolve_group
 from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli
-from batchshaping.ranking import OrderStatistics, order_statistics, ranks
+from batchshaping.ranking import order_statistics, ranks
 
 __all__ = ["BatchShapingLoss", "GeneralizedBatchShapingLoss", "Prior", "batch_shaping", "gbas_loss"]
 
@@ -45,142 +47,185 @@ _TILE = 2**16
 class _Samples:
     """The sorted samples of each array, of shape (..., N), and the plotting positions that belong to them.
 
-    ``count`` is the number of samples, the same for all arrays or, with a mask, (..., 1); what is masked
-    stands behind the samples with the value of the first. ``poison`` of shape (...) is NaN for an array with
-    a NaN and 0 otherwise.
+    Args:
+        x: values of shape (..., N).
+        count: number of samples of each array, of shape (...), if not N; the other values of x are infinite.
+        ties: whether equal values share the largest of their ranks.
+
+    Attributes:
+        values: the samples in order, behind them the first one again in place of what is no sample.
+        poison: NaN for an array with a NaN and 0 otherwise, of shape (...).
     """
 
-    def __init__(self, x: Tensor, mask: Tensor | None, ties: bool) -> None:
-        self.order: OrderStatistics = order_statistics(x, mask)
-        values = self.order.values
+    def __init__(self, x: Tensor, count: Tensor | None, ties: bool) -> None:
+        self.order = order_statistics(x)
+        self.values = values = self.order.values
         n = values.shape[-1]
-        # A NaN is sorted last, behind what is masked.
+        # A NaN is sorted last, behind what is no sample.
         self.poison = torch.where(values[..., -1].isnan(), torch.nan, 0.0).to(x.dtype)
-        self.count: Tensor | int = n
         self.is_sample: Tensor | None = None
-        if mask is not None:
-            self.count = mask.sum(dim=-1, keepdim=True)
-            self.is_sample = torch.arange(n, device=x.device) < self.count
-        self.positions = ranks(values, self.count, ties) / (self.count + 1)
-        self.values = (
-            values if self.is_sample is None else torch.where(self.is_sample, values, values[..., :1])
-        )
+        self.count: Tensor | int = n
+        if count is None:
+            self.positions = ranks(values, n, ties) / (n + 1)
+        else:
+            self.count = count
+            column = count.unsqueeze(-1)
+            self.positions = ranks(values, column, ties) / (column + 1)
+            self.is_sample = torch.arange(n, device=x.device) < column
+            self.values = torch.where(self.is_sample, values, values[..., :1])
 
     def tiles(self) -> Iterator[slice]:
         """Parts of the last dimension, one after the other."""
         n = self.values.shape[-1]
-        whole = self.values.device.type != "cpu" or torch.compiler.is_compiling()
-        width = n if whole else max(1, _TILE * n // max(self.values.numel(), 1))
+        on_cpu = self.values.device.type == "cpu"
+        width = max(1, _TILE * n // max(self.values.numel(), 1)) if on_cpu else max(n, 1)
         return (slice(start, min(start + width, n)) for start in range(0, n, width))
+
+
+def _loss_and_gradients(
+    x: Tensor,
+    count: Tensor | None,
+    parameters: Sequence[Tensor],
+    prior: type[ClosedFormPrior],
+    ties: bool,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> list[Tensor]:
+    """The loss of each array and its gradients, all without a graph.
+
+    Returned are the losses of shape (...); the gradient in x of shape (..., N) and those in the parameters of
+    shape (...) each, empty where not needed, up to a factor; and that factor, of shape (...).
+    """
+    samples = _Samples(x, count, ties)
+    cdf = prior.prepare(
+        tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters), x.dtype, needs_parameters
+    )
+    total = x.new_zeros(x.shape[:-1])
+    by_parameter = [x.new_zeros(x.shape[:-1] if needs_parameters else 0) for _ in parameters]
+    by_x = x.new_empty(x.shape if needs_x else 0)
+    for tile in samples.tiles():
+        at = cdf(samples.values[..., tile])
+        residual = at.cdf.sub_(samples.positions[..., tile])
+        if samples.is_sample is not None:
+            residual.mul_(samples.is_sample[..., tile])
+        total += torch.linalg.vecdot(residual, residual)
+        for accumulated, derivative in zip(by_parameter, at.parameters, strict=False):
+            accumulated += torch.linalg.vecdot(residual, derivative)
+        if needs_x:
+            by_x.scatter_(-1, samples.order.indices[..., tile], residual.mul_(at.pdf))
+    loss = total / samples.count + samples.poison
+    factor = samples.poison + 2 / torch.as_tensor(samples.count, device=x.device)
+    return [loss, by_x, factor, *by_parameter]
+
+
+@torch.library.custom_op("batchshaping::loss_and_gradients", mutates_args=())
+def _compiled_loss_and_gradients(
+    x: Tensor,
+    count: Tensor | None,
+    parameters: Sequence[Tensor],
+    prior: str,
+    ties: bool,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> list[Tensor]:
+    """The same as one opaque operation, for torch.compile."""
+    cls = ClosedFormPrior.by_name[prior]
+    return _loss_and_gradients(x, count, parameters, cls, ties, needs_x, needs_parameters)
+
+
+@_compiled_loss_and_gradients.register_fake
+def _(
+    x: Tensor,
+    count: Tensor | None,
+    parameters: Sequence[Tensor],
+    prior: str,
+    ties: bool,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> list[Tensor]:
+    arrays = x.shape[:-1]
+    by_parameter = [x.new_empty(arrays if needs_parameters else 0) for _ in parameters]
+    return [x.new_empty(arrays), x.new_empty(x.shape if needs_x else 0), x.new_empty(arrays), *by_parameter]
 
 
 class _ClosedFormLoss(torch.autograd.Function):
     """The loss of each array, with the gradients computed beside it in the forward pass.
 
-    x and the mask have shape (..., N), the parameters broadcast with (...). Returned are the losses of shape
-    (...), and for the backward pass the gradient in x, the factor that all gradients of an array have in
-    common, and the gradients in the parameters, of shape (...) each.
+    x has shape (..., N), the parameters and the count of samples broadcast with (...).
     """
 
     @staticmethod
     def forward(
         x: Tensor,
-        mask: Tensor | None,
+        count: Tensor | None,
+        prior: type[ClosedFormPrior],
         ties: bool,
-        gradients: tuple[bool, bool],
-        prepare: Callable[[tuple[Tensor, ...], torch.dtype, bool], CDF],
+        needs: tuple[bool, bool],
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        needs_x, needs_parameters = gradients
-        samples = _Samples(x, mask, ties)
-        columns = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
-        cdf = prepare(columns, x.dtype, needs_parameters)
-        total = x.new_zeros(x.shape[:-1])
-        by_parameter = [x.new_zeros(x.shape[:-1]) for _ in parameters] if needs_parameters else []
-        by_x = torch.empty_like(samples.values) if needs_x else x.new_empty(0)
-        for tile in samples.tiles():
-            at = cdf(samples.values[..., tile])
-            residual = at.cdf.sub_(samples.positions[..., tile])
-            if samples.is_sample is not None:
-                residual.mul_(samples.is_sample[..., tile])
-            total += torch.linalg.vecdot(residual, residual)
-            for accumulated, derivative in zip(by_parameter, at.parameters, strict=True):
-                accumulated += torch.linalg.vecdot(residual, derivative)
-            if needs_x:
-                by_x.scatter_(-1, samples.order.indices[..., tile], residual.mul_(at.pdf))
-        count = samples.count if isinstance(samples.count, int) else samples.count.squeeze(-1)
-        loss = total / count + samples.poison
-        factor = 2 / torch.as_tensor(count, device=x.device) + samples.poison
-        if needs_x and mask is not None:
-            by_x.masked_fill_(~mask, 0.0)
-        return loss, by_x, factor, *by_parameter
+        if torch.compiler.is_compiling():
+            return tuple(_compiled_loss_and_gradients(x, count, parameters, prior.name, ties, *needs))
+        return tuple(_loss_and_gradients(x, count, parameters, prior, ties, *needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        _, *saved = output
-        ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*saved)
-        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
         ctx.parameter_shapes = [(p.shape, p.dtype) for p in inputs[5:]]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         by_x, factor, *by_parameter = ctx.saved_tensors
-        unused = (None,) * 4
-        if gradient is None:
-            return None, *unused, *(None for _ in ctx.parameter_shapes)
         needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         scaled = gradient * factor
         gradient_x = scaled.unsqueeze(-1) * by_x if needs_x else None
         gradient_parameters = [
-            (scaled * by_parameter[k]).sum_to_size(shape).to(dtype) if needed else None
-            for k, ((shape, dtype), needed) in enumerate(
-                zip(ctx.parameter_shapes, needs_parameters, strict=True)
+            (scaled * by).sum_to_size(shape).to(dtype) if needed else None
+            for by, (shape, dtype), needed in zip(
+                by_parameter, ctx.parameter_shapes, needs_parameters, strict=True
             )
         ]
-        return gradient_x, *unused, *gradient_parameters
+        return gradient_x, None, None, None, None, *gradient_parameters
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, mask: Any, ties: Any, *rest: Any) -> Any:
-        gradients, prepare, *parameters = rest
-        x_dim, mask_dim, *_ = in_dims
-        size = info.batch_size
-        x = x.expand(size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
-        if mask is not None:
-            mask = mask.expand(size, *mask.shape) if mask_dim is None else mask.movedim(mask_dim, 0)
-        arrays = x.ndim - 2
-        aligned = []
-        for parameter, dim in zip(parameters, in_dims[5:], strict=True):
-            if dim is not None:
-                parameter = parameter.movedim(dim, 0)
-                padding = [1] * (arrays - parameter.ndim + 1)
-                parameter = parameter.reshape(size, *padding, *parameter.shape[1:])
-            aligned.append(parameter)
-        outputs = _ClosedFormLoss.apply(x, mask, ties, gradients, prepare, *aligned)
+    def vmap(info: Any, in_dims: Any, x: Tensor, count: Tensor | None, *rest: Any) -> Any:
+        prior, ties, needs, *parameters = rest
+        size, arrays = info.batch_size, x.ndim - 1 - (in_dims[0] is not None)
+
+        def to_front(tensor: Tensor, dim: int | None, ndim: int) -> Tensor:
+            if dim is None:
+                return tensor
+            tensor = tensor.movedim(dim, 0)
+            padding = [1] * (ndim - tensor.ndim + 1)
+            return tensor.reshape(size, *padding, *tensor.shape[1:])
+
+        x = x.expand(size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        count = count if count is None else to_front(count, in_dims[1], arrays)
+        parameters = [to_front(p, d, arrays) for p, d in zip(parameters, in_dims[5:], strict=True)]
+        outputs = _ClosedFormLoss.apply(x, count, prior, ties, needs, *parameters)
         return outputs, tuple(0 for _ in outputs)
 
 
-def _closed_form(prior: ClosedFormPrior, x: Tensor, mask: Tensor | None, ties: bool) -> Tensor:
+def _closed_form(prior: ClosedFormPrior, x: Tensor, count: Tensor | None, ties: bool) -> Tensor:
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
-    gradients = (graph and x.requires_grad, graph and any(p.requires_grad for p in parameters))
-    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, mask, ties, gradients, prior.prepare, *parameters)
+    needs = (graph and x.requires_grad, graph and any(p.requires_grad for p in parameters))
+    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, count, type(prior), ties, needs, *parameters)
     return outputs[0]
 
 
-def _by_autograd(prior: Distribution, x: Tensor, mask: Tensor | None, ties: bool) -> Tensor:
+def _by_autograd(prior: Distribution, x: Tensor, count: Tensor | None, ties: bool) -> Tensor:
     """The same loss for a distribution that has a CDF but no closed form of its derivatives."""
     with torch.no_grad():
-        samples = _Samples(x, mask, ties)
+        samples = _Samples(x, count, ties)
     values = x.gather(-1, samples.order.indices)
-    is_sample: Tensor | float = 1.0
     if samples.is_sample is not None:
-        is_sample = samples.is_sample
-        values = torch.where(is_sample, values, values[..., :1])
-    residual = (_cdf_on_the_line(prior, values) - samples.positions) * is_sample
-    count = samples.count if isinstance(samples.count, int) else samples.count.squeeze(-1)
-    return residual.square().sum(dim=-1) / count + samples.poison
+        values = torch.where(samples.is_sample, values, values[..., :1])
+    residual = _cdf_on_the_line(prior, values) - samples.positions
+    if samples.is_sample is not None:
+        residual = residual * samples.is_sample
+    return residual.square().sum(dim=-1) / samples.count + samples.poison
 
 
 def _cdf_on_the_line(prior: Distribution, values: Tensor) -> Tensor:
@@ -206,6 +251,7 @@ def batch_shaping(
     mask: Tensor | None = None,
     ties: bool = False,
     reduction: str = "mean",
+    group: Group = None,
 ) -> Tensor:
     r"""The batch-shaping loss: the squared distance of the samples' empirical CDF to that of a prior.
 
@@ -224,6 +270,11 @@ def batch_shaping(
         ties: whether equal values share the largest of their ranks, as in the exact empirical CDF, instead of
             taking consecutive ones.
         reduction: "mean" or "sum" over the arrays, or "none" for one loss each.
+        group: a ``torch.distributed`` process group, or "world" for all ranks if there are any: the samples
+            of all ranks are one batch, of which x is this rank's shard. All ranks must call with the same
+            arrays; their numbers of samples may differ, or be 0. Every rank gets the loss of the whole batch.
+            The gradients are scaled so that their *average* over the ranks, which DistributedDataParallel
+            takes, is the gradient that one process with the whole batch would have.
 
     Returns:
         The loss in x's dtype: a scalar, or for "none" of x's shape without ``dim``. It is 0 at the best fit
@@ -233,6 +284,7 @@ def batch_shaping(
         TypeError: if x is not floating point, or the mask not boolean.
         ValueError: if there are no samples along ``dim``, the mask leaves an array empty, shapes do not
             broadcast, the prior is not a distribution with a CDF, or the reduction is unknown.
+        RuntimeError: if a rank of the group is lost.
 
     References:
         Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
@@ -252,15 +304,49 @@ def batch_shaping(
         raise TypeError(f"x must be floating point, received {x.dtype}")
     dims = _canonical(dim, x.ndim)
     arrays = _samples_last(x, dims)
+    shape = arrays.shape[:-1]
+    _check_broadcast(prior, shape, x.shape, dim)
+    count = None
+    if mask is not None:
+        mask = _samples_last(_like(x, mask), dims)
+        count = mask.sum(dim=-1)
+        arrays = arrays.masked_fill(~mask, torch.inf)
+    process_group = resolve_group(group)
+    columns = None
+    if process_group is not None:
+        arrays = arrays.reshape(shape.numel(), arrays.shape[-1])
+        columns = Columns(arrays.shape[0], arrays.shape[1], mask is not None, process_group, x.device)
+        if columns.masked:
+            local = arrays.new_full(arrays.shape[:1], arrays.shape[1], dtype=torch.int64)
+            count = columns.total(local if count is None else count.flatten())
+        arrays = Deal.apply(arrays, columns)
+        prior = _of_arrays(prior, shape, columns.own)
     if arrays.shape[-1] == 0:
         raise ValueError(f"no samples along dim={dim} of x with shape {tuple(x.shape)}")
-    _check_broadcast(prior, arrays.shape[:-1], x.shape, dim)
-    if mask is not None:
-        mask = _arrays_of_mask(mask, x, dims, dim)
+    if count is not None and not known_to_hold(count > 0):
+        raise ValueError(
+            f"mask leaves an array without samples along dim={dim} of x with shape {tuple(x.shape)}"
+        )
     working = arrays.float() if arrays.dtype in (torch.float16, torch.bfloat16) else arrays
-    method = _closed_form if isinstance(prior, ClosedFormPrior) else _by_autograd
-    loss = method(prior, working, mask, ties)  # type: ignore[arg-type]
+    if isinstance(prior, ClosedFormPrior):
+        loss = _closed_form(prior, working, count, ties)
+    else:
+        loss = _by_autograd(prior, working, count, ties)
+    if columns is not None:
+        loss = Collect.apply(loss, columns).reshape(shape)
     return _REDUCTIONS[reduction](loss).to(x.dtype)
+
+
+def _of_arrays(prior: Distribution, shape: torch.Size, arrays: slice) -> Distribution:
+    if isinstance(prior, ClosedFormPrior):
+        return prior.of_arrays(shape, arrays)
+    if prior.batch_shape.numel() != 1:
+        raise ValueError(
+            f"across ranks, {type(prior).__name__} must be one prior for all arrays, "
+            f"received batch_shape {tuple(prior.batch_shape)}"
+        )
+    single: Distribution = prior.expand(torch.Size())
+    return single
 
 
 def _check_prior(prior: object) -> None:
@@ -312,24 +398,15 @@ def _samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return moved.reshape(*moved.shape[: len(kept)], moved.shape[len(kept) :].numel())
 
 
-def _arrays_of_mask(
-    mask: Tensor, x: Tensor, dims: tuple[int, ...], dim: int | Sequence[int] | None
-) -> Tensor:
+def _like(x: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be boolean, received {mask.dtype}")
     try:
-        mask = mask.expand(x.shape)
+        return mask.expand(x.shape)
     except RuntimeError:
         raise ValueError(
             f"mask of shape {tuple(mask.shape)} does not broadcast to x with shape {tuple(x.shape)}"
         ) from None
-    arrays = _samples_last(mask, dims)
-    # Reading the mask would stop another device; there, an empty array gets a NaN loss instead.
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(arrays.any(-1).all()):
-        raise ValueError(
-            f"mask leaves an array without samples along dim={dim} of x with shape {tuple(x.shape)}"
-        )
-    return arrays
 
 
 class BatchShapingLoss(nn.Module):
@@ -343,6 +420,7 @@ class BatchShapingLoss(nn.Module):
         dim: the dimension or dimensions that hold the samples; None takes all values as one array.
         ties: whether equal values share the largest of their ranks.
         reduction: "mean", "sum" or "none".
+        group: process group over which the batch extends, or "world".
 
     Raises:
         ValueError: if the prior is not a distribution with a CDF, or the reduction is unknown.
@@ -360,6 +438,7 @@ class BatchShapingLoss(nn.Module):
         *,
         ties: bool = False,
         reduction: str = "mean",
+        group: Group = None,
     ) -> None:
         super().__init__()
         _check_prior(prior)
@@ -367,14 +446,16 @@ class BatchShapingLoss(nn.Module):
             raise ValueError(
                 f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, received {reduction!r}"
             )
-        self.prior, self.dim, self.ties, self.reduction = prior, dim, ties, reduction
+        self.prior, self.dim, self.ties, self.reduction, self.group = prior, dim, ties, reduction, group
         for name, value in vars(prior).get("_given", vars(prior)).items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of x, over the values where the mask is True."""
-        return batch_shaping(x, self.prior, self.dim, mask=mask, ties=self.ties, reduction=self.reduction)
+        return batch_shaping(
+            x, self.prior, self.dim, mask=mask, ties=self.ties, reduction=self.reduction, group=self.group
+        )
 
     def extra_repr(self) -> str:
         return f"{self.prior}, dim={self.dim}, ties={self.ties}, reduction={self.reduction!r}"
@@ -401,6 +482,7 @@ class GeneralizedBatchShapingLoss(nn.Module):
         hyperprior_weight: weight :math:`w_h` of the hyperprior loss.
         temperature_weight: weight :math:`w_\tau` of the penalty on temperatures.
         ties: whether equal values share the largest of their ranks.
+        group: process group over which the batch extends, or "world".
 
     Raises:
         ValueError: if x without ``dim`` has another shape.
@@ -430,11 +512,12 @@ class GeneralizedBatchShapingLoss(nn.Module):
         hyperprior_weight: float = 1.0,
         temperature_weight: float = 0.1,
         ties: bool = False,
+        group: Group = None,
     ) -> None:
         super().__init__()
         hyperprior = Beta(3, 7) if hyperprior is None else hyperprior
         _check_prior(hyperprior)
-        self.hyperprior, self.dim, self.ties = hyperprior, dim, ties
+        self.hyperprior, self.dim, self.ties, self.group = hyperprior, dim, ties, group
         self.hyperprior_weight, self.temperature_weight = hyperprior_weight, temperature_weight
         size = (shape,) if isinstance(shape, int) else tuple(shape)
         self.mean_logits = nn.Parameter(torch.empty(size))
@@ -469,7 +552,7 @@ class GeneralizedBatchShapingLoss(nn.Module):
                 f"dim={self.dim} of x with shape {tuple(x.shape)} leaves {left}, "
                 f"but the learned priors have shape {tuple(self.mean_logits.shape)}"
             )
-        prior_loss = batch_shaping(x, self.prior, self.dim, mask=mask, ties=self.ties)
+        prior_loss = batch_shaping(x, self.prior, self.dim, mask=mask, ties=self.ties, group=self.group)
         hyperprior_loss = self.hyperprior_weight * batch_shaping(self.mean, self.hyperprior)
         penalty = self.temperature_weight * self.temperature.mean()
         self.prior_loss = prior_loss.detach()

@@ -36,10 +36,12 @@ __all__ = [
     "log_beta",
 ]
 
-# Above this size of a log(mean), float32 needs the exponent relative to the mean for a precision of 5e-7.
-_LARGE = 5.0
-# Above this sum of the parameters, that does not suffice either.
-_FLOAT32_LIMIT = 128.0
+# What float32 needs for a CDF good to 5e-7: above this size of a log(mean), exponents relative to the mean;
+_LARGE_EXPONENT = 4.0
+# above this sum of the parameters, the fraction in the offset from the mean;
+_LARGE_TOTAL = 8.0
+# and above this sum, float64.
+_FLOAT32_LIMIT = 112.0
 _CHUNK = 2**14
 _NEWTON_STEPS = 15
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
@@ -204,14 +206,13 @@ class BetaCDF:
         self.readable = a.device.type == "cpu" and a.numel() > 0
         total = a + b
         # In float32 a log x is precise where it is small, and a log(x / mean) near the mean.
-        large = [
-            (float(size.min()) > _LARGE, float(size.max()) > _LARGE) if self.readable else (False, True)
-            for size in (-a * (a / total).log(), -b * (b / total).log())
-        ]
-        uniform = all(least == greatest for least, greatest in large)
-        single = dtype == torch.float32 and uniform and self.readable and float(total.max()) <= _FLOAT32_LIMIT
+        sizes = (-a * (a / total).log(), -b * (b / total).log(), total)
+        limits = (_LARGE_EXPONENT, _LARGE_EXPONENT, _LARGE_TOTAL)
+        above = [(s > limit).flatten() for s, limit in zip(sizes, limits, strict=True)]
+        single = dtype == torch.float32 and self.readable and bool((total <= _FLOAT32_LIMIT).all())
+        single = single and all(bool((large == large[0]).all()) for large in above)
         self.working = working = torch.float32 if single else torch.float64
-        self.large_a, self.large_b = (least and single for least, _ in large)
+        self.large_a, self.large_b, self.centred = (single and bool(large[0]) for large in above)
         centre = (a / total).to(working)
         self.centre, self.far_centre = centre, 1 - centre
         self.a, self.b = a.to(working), b.to(working)
@@ -223,10 +224,10 @@ class BetaCDF:
         self.peak = (a * log_centre * (not self.large_a) + b * log_far * (not self.large_b)).to(working)
         precise, zero = dtype == torch.float64, torch.zeros_like(a)
         self.left = _Fraction(
-            a, b, _steps(a, precise), gradients, centre.double() if self.large_a else zero, working
+            a, b, _steps(a, precise), gradients, centre.double() if self.centred else zero, working
         )
         self.right = _Fraction(
-            b, a, _steps(b, precise), gradients, 1 - centre.double() if self.large_b else zero, working
+            b, a, _steps(b, precise), gradients, 1 - centre.double() if self.centred else zero, working
         )
         if gradients:
             digamma_total = torch.digamma(total)
@@ -255,10 +256,10 @@ class BetaCDF:
         right = left
         if some_left:
             y = torch.minimum(x, self.split).expand(shape)
-            left = self.left(y, y - self.centre if self.large_a else y)
+            left = self.left(y, y - self.centre if self.centred else y)
         if some_right:
             y = torch.minimum(complement, 1 - self.split).expand(shape)
-            right = self.right(y, self.centre - torch.maximum(x, self.split) if self.large_b else y)
+            right = self.right(y, self.centre - torch.maximum(x, self.split) if self.centred else y)
         in_right = x.new_tensor(float(some_right))
         if some_left and some_right:
             in_right = torch.gt(x, self.split).to(self.working)

@@ -15,6 +15,7 @@ import torch.distributions as td
 from torch import Tensor
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
+from batchshaping.checks import known_to_hold
 from batchshaping.derivatives import CDF
 
 __all__ = ["Beta", "ClosedFormPrior", "Normal", "RelaxedBernoulli", "SymBeta"]
@@ -40,6 +41,13 @@ class ClosedFormPrior(td.Distribution):
     """
 
     ranges: ClassVar[dict[str, _Range]]
+    name: ClassVar[str]
+    by_name: ClassVar[dict[str, type[ClosedFormPrior]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = f"{cls.__module__}.{cls.__qualname__}"
+        ClosedFormPrior.by_name[cls.name] = cls
 
     def _set_parameters(self, validate_args: bool | None, **given: Tensor | float) -> None:
         """Keep the parameters as given, checked; numbers in double precision."""
@@ -64,19 +72,14 @@ class ClosedFormPrior(td.Distribution):
         td.Distribution.__init__(self, batch_shape, validate_args=False)
 
     def _check(self, name: str, tensor: Tensor) -> None:
-        if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        holds = self.ranges[name].holds(tensor.detach())
+        if known_to_hold(holds):
             return
-        wrong = ~self.ranges[name].holds(tensor.detach())
-        try:
-            if not wrong.any():
-                return
-        except RuntimeError:  # under vmap a parameter has no value of its own
-            return
-        values = tensor.detach()[wrong]
-        count = "" if tensor.ndim == 0 else f" ({len(values)} of {tensor.numel()} values)"
+        wrong = tensor.detach()[~holds]
+        count = "" if tensor.ndim == 0 else f" ({len(wrong)} of {tensor.numel()} values)"
         raise ValueError(
             f"{type(self).__name__}: {name} must be {self.ranges[name].description}, "
-            f"received {values[0].item():.6g}{count}"
+            f"received {wrong[0].item():.6g}{count}"
         )
 
     @property
@@ -98,6 +101,16 @@ class ClosedFormPrior(td.Distribution):
         What depends on the parameters only is computed here, once for all values.
         """
         raise NotImplementedError
+
+    def of_arrays(self, shape: torch.Size, arrays: slice) -> ClosedFormPrior:
+        """The priors of some of the arrays of a shape, counted in row-major order."""
+        parameters: dict[str, Any] = {
+            name: value.expand(shape).reshape(-1)[arrays]
+            if isinstance(value, Tensor) and value.ndim
+            else value
+            for name, value in self._given.items()
+        }
+        return type(self)(**parameters, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         parameters: dict[str, Any] = {n: self.parameter(n).expand(batch_shape) for n in self._given}

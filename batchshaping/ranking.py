@@ -24,14 +24,12 @@ class OrderStatistics(NamedTuple):
         return torch.empty_like(sorted_values).scatter_(-1, self.indices, sorted_values)
 
 
-def order_statistics(x: Tensor, mask: Tensor | None = None) -> OrderStatistics:
+def order_statistics(x: Tensor) -> OrderStatistics:
     """Sort x along its last dimension, stably: equal values keep their order; NaN comes last.
 
-    Values where the mask is False count as infinite. On the CPU NumPy's vectorised sort does the work, with
-    the same result as ``torch.sort(stable=True)`` but for -0.0, which may come back as 0.0.
+    On the CPU NumPy's vectorised sort does the work, with the same result as ``torch.sort(stable=True)`` but
+    for -0.0, which may come back as 0.0.
     """
-    if mask is not None:
-        x = x.masked_fill(~mask, torch.inf)
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
         method = _CPU_SORTS.get(x.dtype)
         found = method(x.detach()) if method is not None else None

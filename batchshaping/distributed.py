@@ -1,0 +1,142 @@
+"""One batch out of the shards of all ranks: arrays are dealt out to the ranks, and their gradients come back.
+
+A rank sends each of its values once, to the rank that owns the value's array, and gets one gradient for each:
+twice its own values, whatever the number of ranks, where gathering the batch on every rank would take as many
+times its own values as there are ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Columns", "Group", "resolve_group"]
+
+Group = dist.ProcessGroup | Literal["world"] | None
+_Result = TypeVar("_Result")
+
+
+def resolve_group(group: Group) -> dist.ProcessGroup | None:
+    """The process group that is meant, or None where one process is all there is."""
+    if group is None or (isinstance(group, str) and group == "world" and not _initialized()):
+        return None
+    if isinstance(group, str):
+        if group != "world":
+            raise ValueError(f"group must be a process group, 'world' or None, received {group!r}")
+        return dist.group.WORLD
+    return group
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+class Columns:
+    """Which arrays belong to which rank, and how many samples of each array every rank has.
+
+    Args:
+        arrays: number of arrays, the same on all ranks.
+        samples: number of samples that this rank has of each.
+        masked: whether this rank leaves some of them out; ``masked`` then tells whether any rank does.
+        group: the process group.
+        device: device of the values.
+
+    Raises:
+        ValueError: on every rank, if the ranks have different numbers of arrays.
+        RuntimeError: if a rank is gone.
+    """
+
+    def __init__(
+        self, arrays: int, samples: int, masked: bool, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self.group = group
+        self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        own = torch.tensor([arrays, samples, masked], device=device)
+        shapes = [torch.empty_like(own) for _ in range(self.world)]
+        self._call(lambda: dist.all_gather(shapes, own, group=group))
+        counts, self.samples, anywhere = (list(c) for c in zip(*(s.tolist() for s in shapes), strict=True))
+        self.masked = any(anywhere)
+        if len(set(counts)) > 1:
+            raise ValueError(f"all ranks must have the same number of arrays, received {counts}")
+        bounds = [arrays * r // self.world for r in range(self.world + 1)]
+        self.arrays = [stop - start for start, stop in pairwise(bounds)]
+        self.own = slice(bounds[self.rank], bounds[self.rank + 1])
+
+    def _call(self, collective: Callable[[], _Result]) -> _Result:
+        try:
+            return collective()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.world} lost another rank while exchanging the batch: {error}"
+            ) from error
+
+    def _all_to_all(self, sent: Tensor, sizes: list[int], received_sizes: list[int]) -> Tensor:
+        received = sent.new_empty(sum(received_sizes))
+        self._call(lambda: dist.all_to_all_single(received, sent, received_sizes, sizes, group=self.group))
+        return received
+
+    def deal(self, x: Tensor) -> Tensor:
+        """Give the values of each array to its owner: (arrays, own samples) -> (own arrays, all samples)."""
+        n, k = self.samples[self.rank], self.arrays[self.rank]
+        sizes, received_sizes = [a * n for a in self.arrays], [k * s for s in self.samples]
+        received = self._all_to_all(x.reshape(-1), sizes, received_sizes)
+        shards = received.split(received_sizes)
+        return torch.cat([shard.view(k, s) for shard, s in zip(shards, self.samples, strict=True)], dim=1)
+
+    def give_back(self, columns: Tensor) -> Tensor:
+        """The reverse of :meth:`deal`: (own arrays, all samples) -> (arrays, own samples)."""
+        n, k = self.samples[self.rank], self.arrays[self.rank]
+        shards = columns.split(self.samples, dim=1)
+        sent = torch.cat([shard.reshape(-1) for shard in shards])
+        received = self._all_to_all(sent, [k * s for s in self.samples], [a * n for a in self.arrays])
+        return received.view(sum(self.arrays), n)
+
+    def total(self, count: Tensor) -> Tensor:
+        """The sum over the ranks of a number for each array, for the arrays of this rank."""
+        total = count.clone()
+        self._call(lambda: dist.all_reduce(total, group=self.group))
+        return total[self.own]
+
+    def collect(self, own: Tensor) -> Tensor:
+        """Bring one value an array from its owner to all: (own arrays,) -> (arrays,)."""
+        longest = max(self.arrays)
+        padded = own.new_zeros(longest)
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        self._call(lambda: dist.all_gather(parts, padded, group=self.group))
+        return torch.cat([part[:count] for part, count in zip(parts, self.arrays, strict=True)])
+
+
+class Deal(torch.autograd.Function):
+    """:meth:`Columns.deal`, whose gradients are given back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: Columns) -> Tensor:
+        ctx.columns = columns
+        return columns.deal(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.columns.give_back(gradient), None
+
+
+class Collect(torch.autograd.Function):
+    """:meth:`Columns.collect`. The gradient goes to the owner, times the number of ranks.
+
+    DistributedDataParallel averages over the ranks what has to be summed: each rank knows the part of the
+    gradient that comes from its own shard, or from its own arrays.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, columns: Columns) -> Tensor:
+        ctx.columns = columns
+        return columns.collect(own)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient[ctx.columns.own] * ctx.columns.world, None
