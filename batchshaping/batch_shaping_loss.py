@@ -14,8 +14,8 @@ ranks, F and the density f, all at hand after the sort, so that the forward pass
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -25,10 +25,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from batchshaping.checks import known_to_hold
-from batchshaping.derivatives import CDF, CDFDerivatives
+from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 from batchshaping.distributed import Collect, Columns, Deal, Group, resolve_group
 from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli
-from batchshaping.ranking import order_statistics, ranks
+from batchshaping.statistics import STATISTICS, ClosedFormStatistic, Statistic
 
 __all__ = ["BatchShapingLoss", "GeneralizedBatchShapingLoss", "Prior", "batch_shaping", "gbas_loss"]
 
@@ -39,98 +39,22 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Values evaluated at a time: few enough that the intermediate results stay in a core's cache, and that memory
-# is bounded however many there are. Other devices take all at once.
-_TILE = 2**16
-
-
-class _Samples:
-    """The sorted samples of each array, of shape (..., N), and the plotting positions that belong to them.
-
-    Args:
-        x: values of shape (..., N).
-        count: number of samples of each array, of shape (...), if not N; the other values of x are infinite.
-        ties: whether equal values share the largest of their ranks.
-
-    Attributes:
-        values: the samples in order, behind them the first one again in place of what is no sample.
-        poison: NaN for an array with a NaN and 0 otherwise, of shape (...).
-    """
-
-    def __init__(self, x: Tensor, count: Tensor | None, ties: bool) -> None:
-        self.order = order_statistics(x)
-        self.values = values = self.order.values
-        n = values.shape[-1]
-        # A NaN is sorted last, behind what is no sample.
-        self.poison = torch.where(values[..., -1].isnan(), torch.nan, 0.0).to(x.dtype)
-        self.is_sample: Tensor | None = None
-        self.count: Tensor | int = n
-        if count is None:
-            self.positions = ranks(values, n, ties) / (n + 1)
-        else:
-            self.count = count
-            column = count.unsqueeze(-1)
-            self.positions = ranks(values, column, ties) / (column + 1)
-            self.is_sample = torch.arange(n, device=x.device) < column
-            self.values = torch.where(self.is_sample, values, values[..., :1])
-
-    def tiles(self) -> Iterator[slice]:
-        """Parts of the last dimension, one after the other."""
-        n = self.values.shape[-1]
-        on_cpu = self.values.device.type == "cpu"
-        width = max(1, _TILE * n // max(self.values.numel(), 1)) if on_cpu else max(n, 1)
-        return (slice(start, min(start + width, n)) for start in range(0, n, width))
-
-
-def _loss_and_gradients(
-    x: Tensor,
-    count: Tensor | None,
-    parameters: Sequence[Tensor],
-    prior: type[ClosedFormPrior],
-    ties: bool,
-    needs_x: bool,
-    needs_parameters: bool,
-) -> list[Tensor]:
-    """The loss of each array and its gradients, all without a graph.
-
-    Returned are the losses of shape (...); the gradient in x of shape (..., N) and those in the parameters of
-    shape (...) each, empty where not needed, up to a factor; and that factor, of shape (...).
-    """
-    samples = _Samples(x, count, ties)
-    cdf = prior.prepare(
-        tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters), x.dtype, needs_parameters
-    )
-    total = x.new_zeros(x.shape[:-1])
-    by_parameter = [x.new_zeros(x.shape[:-1] if needs_parameters else 0) for _ in parameters]
-    by_x = x.new_empty(x.shape if needs_x else 0)
-    for tile in samples.tiles():
-        at = cdf(samples.values[..., tile])
-        residual = at.cdf.sub_(samples.positions[..., tile])
-        if samples.is_sample is not None:
-            residual.mul_(samples.is_sample[..., tile])
-        total += torch.linalg.vecdot(residual, residual)
-        for accumulated, derivative in zip(by_parameter, at.parameters, strict=False):
-            accumulated += torch.linalg.vecdot(residual, derivative)
-        if needs_x:
-            by_x.scatter_(-1, samples.order.indices[..., tile], residual.mul_(at.pdf))
-    loss = total / samples.count + samples.poison
-    factor = samples.poison + 2 / torch.as_tensor(samples.count, device=x.device)
-    return [loss, by_x, factor, *by_parameter]
-
-
 @torch.library.custom_op("batchshaping::loss_and_gradients", mutates_args=())
 def _compiled_loss_and_gradients(
     x: Tensor,
     count: Tensor | None,
     parameters: Sequence[Tensor],
+    statistic: str,
     prior: str,
     ties: bool,
+    logits: bool,
     needs_x: bool,
     needs_parameters: bool,
 ) -> list[Tensor]:
-    """The same as one opaque operation, for torch.compile."""
-    cls = ClosedFormPrior.by_name[prior]
-    return _loss_and_gradients(x, count, parameters, cls, ties, needs_x, needs_parameters)
+    """A statistic and its gradients as one opaque operation, for torch.compile."""
+    method = ClosedFormStatistic.by_name[statistic]().loss_and_gradients
+    family = ClosedFormPrior.by_name[prior]
+    return method(x, count, parameters, family, ties, logits, needs_x, needs_parameters)
 
 
 @_compiled_loss_and_gradients.register_fake
@@ -138,8 +62,10 @@ def _(
     x: Tensor,
     count: Tensor | None,
     parameters: Sequence[Tensor],
+    statistic: str,
     prior: str,
     ties: bool,
+    logits: bool,
     needs_x: bool,
     needs_parameters: bool,
 ) -> list[Tensor]:
@@ -158,14 +84,15 @@ class _ClosedFormLoss(torch.autograd.Function):
     def forward(
         x: Tensor,
         count: Tensor | None,
+        statistic: ClosedFormStatistic,
         prior: type[ClosedFormPrior],
-        ties: bool,
-        needs: tuple[bool, bool],
+        flags: tuple[bool, bool, bool, bool],
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
-            return tuple(_compiled_loss_and_gradients(x, count, parameters, prior.name, ties, *needs))
-        return tuple(_loss_and_gradients(x, count, parameters, prior, ties, *needs))
+            names = statistic.name, prior.name
+            return tuple(_compiled_loss_and_gradients(x, count, parameters, *names, *flags))
+        return tuple(statistic.loss_and_gradients(x, count, parameters, prior, *flags))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -190,7 +117,7 @@ class _ClosedFormLoss(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, count: Tensor | None, *rest: Any) -> Any:
-        prior, ties, needs, *parameters = rest
+        statistic, prior, flags, *parameters = rest
         size, arrays = info.batch_size, x.ndim - 1 - (in_dims[0] is not None)
 
         def to_front(tensor: Tensor, dim: int | None, ndim: int) -> Tensor:
@@ -203,44 +130,22 @@ class _ClosedFormLoss(torch.autograd.Function):
         x = x.expand(size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         count = count if count is None else to_front(count, in_dims[1], arrays)
         parameters = [to_front(p, d, arrays) for p, d in zip(parameters, in_dims[5:], strict=True)]
-        outputs = _ClosedFormLoss.apply(x, count, prior, ties, needs, *parameters)
+        outputs = _ClosedFormLoss.apply(x, count, statistic, prior, flags, *parameters)
         return outputs, tuple(0 for _ in outputs)
 
 
-def _closed_form(prior: ClosedFormPrior, x: Tensor, count: Tensor | None, ties: bool) -> Tensor:
+def _loss(
+    statistic: Statistic, prior: Distribution, x: Tensor, count: Tensor | None, ties: bool, logits: bool
+) -> Tensor:
+    """The loss of each array, in closed form where there is one."""
+    if not isinstance(statistic, ClosedFormStatistic) or not isinstance(prior, ClosedFormPrior):
+        return statistic.loss(torch.sigmoid(x) if logits else x, count, ties, prior)
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
     needs = (graph and x.requires_grad, graph and any(p.requires_grad for p in parameters))
-    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, count, type(prior), ties, needs, *parameters)
+    flags = (ties, logits, *needs)
+    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, count, statistic, type(prior), flags, *parameters)
     return outputs[0]
-
-
-def _by_autograd(prior: Distribution, x: Tensor, count: Tensor | None, ties: bool) -> Tensor:
-    """The same loss for a distribution that has a CDF but no closed form of its derivatives."""
-    with torch.no_grad():
-        samples = _Samples(x, count, ties)
-    values = x.gather(-1, samples.order.indices)
-    if samples.is_sample is not None:
-        values = torch.where(samples.is_sample, values, values[..., :1])
-    residual = _cdf_on_the_line(prior, values) - samples.positions
-    if samples.is_sample is not None:
-        residual = residual * samples.is_sample
-    return residual.square().sum(dim=-1) / samples.count + samples.poison
-
-
-def _cdf_on_the_line(prior: Distribution, values: Tensor) -> Tensor:
-    """The CDF of any distribution, 0 left of its support and 1 right of it, samples along the last dim."""
-    prior = copy.copy(prior)
-    prior._validate_args = False
-    lower = getattr(prior.support, "lower_bound", -torch.inf)
-    upper = getattr(prior.support, "upper_bound", torch.inf)
-    lower, upper = (torch.as_tensor(v, dtype=values.dtype, device=values.device) for v in (lower, upper))
-    # Distributions broadcast from the right, so the samples come first while the CDF is taken.
-    first = values.movedim(-1, 0)
-    inside = (first > lower) & (first < upper) | first.isnan()
-    middle = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1).nan_to_num(0.0, 0.0, 0.0)
-    cdf = prior.cdf(torch.where(inside, first, middle))
-    return torch.where(inside, cdf, (first >= upper).to(values.dtype)).movedim(0, -1)
 
 
 def batch_shaping(
@@ -248,8 +153,10 @@ def batch_shaping(
     prior: Distribution,
     dim: int | Sequence[int] | None = None,
     *,
+    statistic: str | Statistic = "cramer_von_mises",
     mask: Tensor | None = None,
     ties: bool = False,
+    logits: bool = False,
     reduction: str = "mean",
     group: Group = None,
 ) -> Tensor:
@@ -266,9 +173,13 @@ def batch_shaping(
         prior: a distribution with a ``cdf``. Its ``batch_shape`` broadcasts to the shape of x without
             ``dim``: one prior for all arrays, or one for each.
         dim: the dimension or dimensions that hold the samples; None takes all values as one array.
+        statistic: "cramer_von_mises" (the formula above), "anderson_darling" or "wasserstein", or a
+            :class:`~batchshaping.statistics.Statistic` of one's own.
         mask: booleans that broadcast to x's shape; values where it is False are left out.
         ties: whether equal values share the largest of their ranks, as in the exact empirical CDF, instead of
             taking consecutive ones.
+        logits: whether x are logits, of which the prior's values are the sigmoid: the loss of sigmoid(x), and
+            a gradient that does not vanish where the sigmoid saturates.
         reduction: "mean" or "sum" over the arrays, or "none" for one loss each.
         group: a ``torch.distributed`` process group, or "world" for all ranks if there are any: the samples
             of all ranks are one batch, of which x is this rank's shard. All ranks must call with the same
@@ -283,7 +194,8 @@ def batch_shaping(
     Raises:
         TypeError: if x is not floating point, or the mask not boolean.
         ValueError: if there are no samples along ``dim``, the mask leaves an array empty, shapes do not
-            broadcast, the prior is not a distribution with a CDF, or the reduction is unknown.
+            broadcast, the prior is not a distribution with a CDF, or the statistic or the reduction is
+            unknown.
         RuntimeError: if a rank of the group is lost.
 
     References:
@@ -296,10 +208,8 @@ def batch_shaping(
         tensor([0.0103, 0.0271])
     """
     _check_prior(prior)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, received {reduction!r}"
-        )
+    chosen = _statistic(statistic)
+    reduce = _reduction(reduction)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, received {x.dtype}")
     dims = _canonical(dim, x.ndim)
@@ -328,13 +238,10 @@ def batch_shaping(
             f"mask leaves an array without samples along dim={dim} of x with shape {tuple(x.shape)}"
         )
     working = arrays.float() if arrays.dtype in (torch.float16, torch.bfloat16) else arrays
-    if isinstance(prior, ClosedFormPrior):
-        loss = _closed_form(prior, working, count, ties)
-    else:
-        loss = _by_autograd(prior, working, count, ties)
+    loss = _loss(chosen, prior, working, count, ties, logits)
     if columns is not None:
         loss = Collect.apply(loss, columns).reshape(shape)
-    return _REDUCTIONS[reduction](loss).to(x.dtype)
+    return reduce(loss).to(x.dtype)
 
 
 def _of_arrays(prior: Distribution, shape: torch.Size, arrays: slice) -> Distribution:
@@ -347,6 +254,22 @@ def _of_arrays(prior: Distribution, shape: torch.Size, arrays: slice) -> Distrib
         )
     single: Distribution = prior.expand(torch.Size())
     return single
+
+
+def _statistic(statistic: str | Statistic) -> Statistic:
+    if isinstance(statistic, Statistic):
+        return statistic
+    if statistic not in STATISTICS:
+        known = ", ".join(map(repr, STATISTICS))
+        raise ValueError(f"statistic must be one of {known} or a Statistic, received {statistic!r}")
+    return STATISTICS[statistic]
+
+
+def _reduction(reduction: str) -> Callable[[Tensor], Tensor]:
+    if reduction not in _REDUCTIONS:
+        known = ", ".join(map(repr, _REDUCTIONS))
+        raise ValueError(f"reduction must be one of {known}, received {reduction!r}")
+    return _REDUCTIONS[reduction]
 
 
 def _check_prior(prior: object) -> None:
@@ -418,7 +341,9 @@ class BatchShapingLoss(nn.Module):
     Args:
         prior: a distribution with a ``cdf``.
         dim: the dimension or dimensions that hold the samples; None takes all values as one array.
+        statistic: name of the statistic, or one's own.
         ties: whether equal values share the largest of their ranks.
+        logits: whether the values are logits.
         reduction: "mean", "sum" or "none".
         group: process group over which the batch extends, or "world".
 
@@ -436,17 +361,18 @@ class BatchShapingLoss(nn.Module):
         prior: Distribution,
         dim: int | Sequence[int] | None = None,
         *,
+        statistic: str | Statistic = "cramer_von_mises",
         ties: bool = False,
+        logits: bool = False,
         reduction: str = "mean",
         group: Group = None,
     ) -> None:
         super().__init__()
         _check_prior(prior)
-        if reduction not in _REDUCTIONS:
-            raise ValueError(
-                f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, received {reduction!r}"
-            )
-        self.prior, self.dim, self.ties, self.reduction, self.group = prior, dim, ties, reduction, group
+        _statistic(statistic)
+        _reduction(reduction)
+        self.prior, self.dim, self.statistic = prior, dim, statistic
+        self.ties, self.logits, self.reduction, self.group = ties, logits, reduction, group
         for name, value in vars(prior).get("_given", vars(prior)).items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -454,11 +380,22 @@ class BatchShapingLoss(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of x, over the values where the mask is True."""
         return batch_shaping(
-            x, self.prior, self.dim, mask=mask, ties=self.ties, reduction=self.reduction, group=self.group
+            x,
+            self.prior,
+            self.dim,
+            statistic=self.statistic,
+            mask=mask,
+            ties=self.ties,
+            logits=self.logits,
+            reduction=self.reduction,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
-        return f"{self.prior}, dim={self.dim}, ties={self.ties}, reduction={self.reduction!r}"
+        return (
+            f"{self.prior}, dim={self.dim}, statistic={self.statistic!r}, ties={self.ties}, "
+            f"logits={self.logits}, reduction={self.reduction!r}"
+        )
 
 
 class GeneralizedBatchShapingLoss(nn.Module):
@@ -481,7 +418,9 @@ class GeneralizedBatchShapingLoss(nn.Module):
         dim: the dimension or dimensions of x that hold the samples.
         hyperprior_weight: weight :math:`w_h` of the hyperprior loss.
         temperature_weight: weight :math:`w_\tau` of the penalty on temperatures.
+        statistic: name of the statistic of the arrays, or one's own; the means have Cramér-von Mises.
         ties: whether equal values share the largest of their ranks.
+        logits: whether the values are logits.
         group: process group over which the batch extends, or "world".
 
     Raises:
@@ -511,13 +450,17 @@ class GeneralizedBatchShapingLoss(nn.Module):
         *,
         hyperprior_weight: float = 1.0,
         temperature_weight: float = 0.1,
+        statistic: str | Statistic = "cramer_von_mises",
         ties: bool = False,
+        logits: bool = False,
         group: Group = None,
     ) -> None:
         super().__init__()
         hyperprior = Beta(3, 7) if hyperprior is None else hyperprior
         _check_prior(hyperprior)
-        self.hyperprior, self.dim, self.ties, self.group = hyperprior, dim, ties, group
+        _statistic(statistic)
+        self.hyperprior, self.dim, self.statistic = hyperprior, dim, statistic
+        self.ties, self.logits, self.group = ties, logits, group
         self.hyperprior_weight, self.temperature_weight = hyperprior_weight, temperature_weight
         size = (shape,) if isinstance(shape, int) else tuple(shape)
         self.mean_logits = nn.Parameter(torch.empty(size))
@@ -552,7 +495,16 @@ class GeneralizedBatchShapingLoss(nn.Module):
                 f"dim={self.dim} of x with shape {tuple(x.shape)} leaves {left}, "
                 f"but the learned priors have shape {tuple(self.mean_logits.shape)}"
             )
-        prior_loss = batch_shaping(x, self.prior, self.dim, mask=mask, ties=self.ties, group=self.group)
+        prior_loss = batch_shaping(
+            x,
+            self.prior,
+            self.dim,
+            statistic=self.statistic,
+            mask=mask,
+            ties=self.ties,
+            logits=self.logits,
+            group=self.group,
+        )
         hyperprior_loss = self.hyperprior_weight * batch_shaping(self.mean, self.hyperprior)
         penalty = self.temperature_weight * self.temperature.mean()
         self.prior_loss = prior_loss.detach()
@@ -582,33 +534,40 @@ class Prior(Enum):
     NORMAL = 3
 
 
+class _Clipped(PreparedCDF):
+    """A CDF on values clipped to [low, high], with a density clipped to [least, greatest]."""
+
+    def __init__(self, cdf: PreparedCDF, values: tuple[float, float], density: tuple[float, float]) -> None:
+        self.inner, self.values, self.density = cdf, values, density
+
+    def __call__(self, x: Tensor) -> CDFDerivatives:
+        inside = x.clamp(*self.values)
+        at = self.inner(inside)
+        return at._replace(pdf=at.pdf.clamp_(*self.density).mul_(inside == x))
+
+    def logs(self, x: Tensor) -> LogCDFDerivatives:
+        raise NotImplementedError("the published priors have the published statistic only")
+
+
 class _ClippedBeta(Beta):
     """A Beta prior whose density is clipped in the backward pass, as published."""
 
     @staticmethod
-    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
-        cdf = Beta.prepare(parameters, dtype, gradients)
-
-        def clipped(x: Tensor) -> CDFDerivatives:
-            at = cdf(x)
-            return at._replace(pdf=at.pdf.clamp_(1e-3, 100))
-
-        return clipped
+    def prepare(
+        parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
+    ) -> PreparedCDF:
+        return _Clipped(Beta.prepare(parameters, dtype, gradients=gradients), (0.0, 1.0), (1e-3, 100.0))
 
 
 class _ClippedRelaxedBernoulli(RelaxedBernoulli):
     """A Relaxed Bernoulli prior that clips the values, as published."""
 
     @staticmethod
-    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
-        cdf = RelaxedBernoulli.prepare(parameters, dtype, gradients)
-
-        def clipped(x: Tensor) -> CDFDerivatives:
-            inside = x.clamp(1e-3, 1 - 1e-3)
-            at = cdf(inside)
-            return at._replace(pdf=at.pdf.mul_(inside == x))
-
-        return clipped
+    def prepare(
+        parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
+    ) -> PreparedCDF:
+        cdf = RelaxedBernoulli.prepare(parameters, dtype, gradients=gradients)
+        return _Clipped(cdf, (1e-3, 1 - 1e-3), (0.0, math.inf))
 
 
 _SEED_PRIORS: dict[Prior, Callable[..., ClosedFormPrior]] = {

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from batchshaping.derivatives import CDFDerivatives
+from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF, nearest_inside
 
 __all__ = [
     "BetaCDF",
@@ -187,7 +187,7 @@ def _choose(left: Tensor | None, right: Tensor | None, in_right: Tensor) -> Tens
     return torch.lerp(left, right, in_right)
 
 
-class BetaCDF:
+class BetaCDF(PreparedCDF):
     """I_x(a, b) and its derivatives as a function of x, without a graph, all that depends on a and b made.
 
     a, b and x broadcast. Outside (0, 1) the CDF is 0 or 1 and the density 0, as at the ends themselves,
@@ -198,9 +198,18 @@ class BetaCDF:
         b: second concentration, positive.
         dtype: floating dtype of the values to come, and of what is returned for them.
         gradients: whether to return the derivatives in a and b as well.
+        tails: whether tails need relative precision, as their logarithms do, besides the absolute one.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, dtype: torch.dtype, *, gradients: bool = False) -> None:
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        dtype: torch.dtype,
+        *,
+        gradients: bool = False,
+        tails: bool = False,
+    ) -> None:
         a, b = torch.broadcast_tensors(a.double(), b.double())
         self.dtype, self.shape, self.gradients = dtype, a.shape, gradients
         self.readable = a.device.type == "cpu" and a.numel() > 0
@@ -210,8 +219,11 @@ class BetaCDF:
         limits = (_LARGE_EXPONENT, _LARGE_EXPONENT, _LARGE_TOTAL)
         above = [(s > limit).flatten() for s, limit in zip(sizes, limits, strict=True)]
         single = dtype == torch.float32 and self.readable and bool((total <= _FLOAT32_LIMIT).all())
-        single = single and all(bool((large == large[0]).all()) for large in above)
+        single = single and all(bool((large == (large[0] and not tails)).all()) for large in above)
         self.working = working = torch.float32 if single else torch.float64
+        finfo = torch.finfo(working)
+        self._tiny, self._eps = finfo.smallest_normal, finfo.eps
+        self._lowest = math.log(finfo.smallest_normal * finfo.eps)
         self.large_a, self.large_b, self.centred = (single and bool(large[0]) for large in above)
         centre = (a / total).to(working)
         self.centre, self.far_centre = centre, 1 - centre
@@ -238,16 +250,48 @@ class BetaCDF:
         found = self.parts(x)
         return CDFDerivatives(found.cdf, found.pdf, tuple(g for g in found[3:] if g is not None))
 
+    def at_logits(self, logits: Tensor) -> CDFDerivatives:
+        """The same as a function of logit(x), with the density and no rounding of it."""
+        found = self._parts(*self._from_logits(logits), in_logits=True)
+        return CDFDerivatives(found.cdf, found.pdf, tuple(g for g in found[3:] if g is not None))
+
     def parts(self, x: Tensor) -> _Parts:
         """The same with the tail that the CDF is made of."""
-        shape = torch.broadcast_shapes(self.shape, x.shape)
+        return self._parts(*self._from_values(x), in_logits=False)
+
+    def logs(self, x: Tensor) -> LogCDFDerivatives:
+        """Log I_x(a, b) and log(1 - I_x(a, b)) with their derivatives, as far into the tails as x goes.
+
+        Where x is 0 or 1 or beyond, they are those of the nearest number inside, with derivative 0 in x.
+        """
+        nearest, inside = nearest_inside(x)
+        found = self._logs(*self._from_values(nearest), in_logits=False)
+        return found._replace(cdf_by_x=found.cdf_by_x.mul_(inside), sf_by_x=found.sf_by_x.mul_(inside))
+
+    def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:
+        """The same as a function of logit(x), finite however large the logit."""
+        return self._logs(*self._from_logits(logits), in_logits=True)
+
+    def _from_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, 1 - x and the logarithms of both, the latter less that of the centre where it is large."""
         x = x.to(self.working).clamp(0.0, 1.0)
-        complement = 1.0 - x
         offset = x - self.centre if self.large_a or self.large_b else x
         log_x = torch.log1p(offset / self.centre) if self.large_a else x.log()
         log_complement = torch.log1p(offset / -self.far_centre) if self.large_b else torch.log1p(-x)
-        mass = torch.addcmul((log_x * self.a).sub_(self.peak), log_complement, self.b).exp_().mul_(self.scale)
+        return x, 1.0 - x, log_x, log_complement
 
+    def _from_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits = logits.to(self.working)
+        log_x, log_complement = (torch.nn.functional.logsigmoid(v) for v in (logits, -logits))
+        if self.large_a:
+            log_x = log_x - self.centre.log()
+        if self.large_b:
+            log_complement = log_complement - self.far_centre.log()
+        return torch.sigmoid(logits), torch.sigmoid(-logits), log_x, log_complement
+
+    def _sides(self, x: Tensor, complement: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Where x is right of the split, and t_0 there with the logarithms' derivatives in a and in b."""
+        shape = torch.broadcast_shapes(self.shape, x.shape)
         some_left = some_right = True
         if self.readable and x.numel():
             least, greatest = (float(v) for v in torch.aminmax(x))
@@ -264,28 +308,62 @@ class BetaCDF:
         if some_left and some_right:
             in_right = torch.gt(x, self.split).to(self.working)
         fraction = _choose(left[0], right[0], in_right)
+        if not self.gradients:
+            return in_right, fraction, None, None
+        t_a, t_b = _choose(left[1], right[2], in_right), _choose(left[2], right[1], in_right)
+        return in_right, fraction, t_a.div(fraction), t_b.div(fraction)
+
+    def _parts(
+        self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
+    ) -> _Parts:
+        mass = torch.addcmul((log_x * self.a).sub_(self.peak), log_complement, self.b).exp_().mul_(self.scale)
+        in_right, fraction, t_a, t_b = self._sides(x, complement)
         tail = mass / fraction
         # The tail itself left of the split, and 1 less it right of it.
         cdf = (in_right - tail).abs_()
-        pdf = mass.div_(complement.mul_(x).clamp_min_(torch.finfo(self.working).tiny))
+        # x^a (1 - x)^b / B(a, b) is the density of logit(x); that of x is over x (1 - x).
+        pdf = mass if in_logits else mass.div_(complement.mul_(x).clamp_min_(self._tiny))
         found = [cdf, tail, pdf]
-        if self.gradients:
+        if t_a is not None and t_b is not None:
             signed_tail = tail * (1.0 - 2.0 * in_right)
-            lowest = math.log(torch.finfo(self.working).smallest_normal * torch.finfo(self.working).eps)
-            t_a = _choose(left[1], right[2], in_right).div(fraction)
-            t_b = _choose(left[2], right[1], in_right).div(fraction)
             found += [
-                (log_x.clamp_min_(lowest) + self.shift_a).sub_(t_a).mul_(signed_tail),
-                (log_complement.clamp_min_(lowest) + self.shift_b).sub_(t_b).mul_(signed_tail),
+                (log_x.clamp_min_(self._lowest) + self.shift_a).sub_(t_a).mul_(signed_tail),
+                (log_complement.clamp_min_(self._lowest) + self.shift_b).sub_(t_b).mul_(signed_tail),
             ]
         return _Parts(*(t.to(self.dtype) for t in found))
 
+    def _logs(
+        self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
+    ) -> LogCDFDerivatives:
+        exponent = torch.addcmul((log_x * self.a).sub_(self.peak), log_complement, self.b)
+        in_right, fraction, t_a, t_b = self._sides(x, complement)
+        # The logarithm of the tail and its derivatives have closed forms; those of what is left over follow.
+        near = (exponent + self.scale.log()).sub_(fraction.log()).clamp_max_(-self._eps)
+        far = torch.log1p(-near.exp())
+        odds = (near - far).exp()
+        slope = fraction if in_logits else fraction / complement.mul(x).clamp_min_(self._tiny)
+        by_parameter = []
+        if t_a is not None and t_b is not None:
+            by_a = (log_x + self.shift_a).sub_(t_a)
+            by_b = (log_complement + self.shift_b).sub_(t_b)
+            for by in (by_a, by_b):
+                by_parameter.append(
+                    (torch.lerp(by, -by * odds, in_right), torch.lerp(-by * odds, by, in_right))
+                )
+        return LogCDFDerivatives(
+            torch.lerp(near, far, in_right).to(self.dtype),
+            torch.lerp(far, near, in_right).to(self.dtype),
+            torch.lerp(slope, slope * odds, in_right).to(self.dtype),
+            torch.lerp(-slope * odds, -slope, in_right).to(self.dtype),
+            tuple((cdf.to(self.dtype), sf.to(self.dtype)) for cdf, sf in by_parameter),
+        )
+
 
 @functools.lru_cache(maxsize=256)
-def fixed_beta_cdf(a: float, b: float, dtype: torch.dtype) -> BetaCDF:
+def fixed_beta_cdf(a: float, b: float, dtype: torch.dtype, tails: bool) -> BetaCDF:
     """:class:`BetaCDF` of two numbers without their gradients, made once for all calls."""
     both = torch.tensor([a, b], dtype=torch.float64)
-    return BetaCDF(both[0], both[1], dtype)
+    return BetaCDF(both[0], both[1], dtype, tails=tails)
 
 
 def _elementwise(a: Tensor, b: Tensor, x: Tensor, gradients: bool = False) -> _Parts:

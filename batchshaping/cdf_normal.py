@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from batchshaping.derivatives import CDFDerivatives
+from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 
 __all__ = ["NormalCDF", "get_normal_cdf"]
 
 
-class NormalCDF:
+class NormalCDF(PreparedCDF):
     """The CDF and its derivatives as a function of x, without a graph; mean, std and x broadcast.
 
     Args:
@@ -34,6 +34,21 @@ class NormalCDF:
             return CDFDerivatives(cdf, pdf)
         # An infinite z has density 0, and its product with z is 0 as well.
         return CDFDerivatives(cdf, pdf, (-pdf, z.clamp_(-1e6, 1e6).mul_(pdf).mul_(-math.sqrt(2.0))))
+
+    def logs(self, x: Tensor) -> LogCDFDerivatives:
+        z = (x - self.mean).mul_(self.inverse)
+        standard = z * math.sqrt(2.0)
+        # The density over the CDF, which is 1 / erfcx(-z) up to a factor, and over the survival function.
+        slope = 2 * self.height
+        cdf_by_x = slope / torch.special.erfcx(-z)
+        sf_by_x = -slope / torch.special.erfcx(z)
+        parameters: tuple[tuple[Tensor, Tensor], ...] = ()
+        if self.gradients:
+            scaled = z.mul_(math.sqrt(2.0))
+            parameters = ((-cdf_by_x, -sf_by_x), (-cdf_by_x * scaled, -sf_by_x * scaled))
+        return LogCDFDerivatives(
+            torch.special.log_ndtr(standard), torch.special.log_ndtr(-standard), cdf_by_x, sf_by_x, parameters
+        )
 
 
 def get_normal_cdf(x_in: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:

@@ -6,12 +6,10 @@ logistic variable, so that its CDF is a sigmoid in the logit of x.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from batchshaping.derivatives import CDFDerivatives
+from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF, nearest_inside
 
 __all__ = [
     "RelaxedBernoulliCDF",
@@ -20,7 +18,7 @@ __all__ = [
 ]
 
 
-class RelaxedBernoulliCDF:
+class RelaxedBernoulliCDF(PreparedCDF):
     """The CDF and its derivatives as a function of x, without a graph; mean, temperature and x broadcast.
 
     Outside (0, 1) the CDF is 0 or 1 and the density 0, as at the ends themselves.
@@ -37,18 +35,42 @@ class RelaxedBernoulliCDF:
         self.mean_factor = -1 / (mean * (1 - mean))
 
     def __call__(self, x: Tensor) -> CDFDerivatives:
-        tiny, eps = torch.finfo(x.dtype).smallest_normal, torch.finfo(x.dtype).eps
         x = x.clamp(0.0, 1.0)
-        logit = torch.logit(x)
-        cdf = (logit * self.temperature).sub_(self.shift).sigmoid_()
+        at = self.at_logits(torch.logit(x))
+        density_of_x = (1 - x).mul_(x).clamp_min_(torch.finfo(x.dtype).smallest_normal)
+        return at._replace(pdf=at.pdf.div_(density_of_x))
+
+    def at_logits(self, logits: Tensor) -> CDFDerivatives:
+        cdf = (logits * self.temperature).sub_(self.shift).sigmoid_()
         spread = (1 - cdf).mul_(cdf)
-        pdf = (1 - x).mul_(x).clamp_min_(tiny)
-        pdf = torch.div(spread, pdf, out=pdf).mul_(self.temperature)
         if not self.gradients:
-            return CDFDerivatives(cdf, pdf)
-        lowest = math.log(tiny * eps)
-        by_temperature = logit.clamp_(lowest, -lowest).mul_(spread)
-        return CDFDerivatives(cdf, pdf, (spread.mul_(self.mean_factor), by_temperature))
+            return CDFDerivatives(cdf, spread.mul_(self.temperature))
+        by_temperature = logits.clamp(-_HIGHEST_LOGIT, _HIGHEST_LOGIT).mul_(spread)
+        return CDFDerivatives(cdf, spread * self.temperature, (spread * self.mean_factor, by_temperature))
+
+    def logs(self, x: Tensor) -> LogCDFDerivatives:
+        nearest, inside = nearest_inside(x)
+        at = self.logs_at_logits(torch.logit(nearest))
+        slope = inside / (nearest * (1 - nearest))
+        return at._replace(cdf_by_x=at.cdf_by_x.mul_(slope), sf_by_x=at.sf_by_x.mul_(slope))
+
+    def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:
+        # The CDF is the sigmoid of this, and the derivative of log sigmoid(u) is sigmoid(-u).
+        u = (logits * self.temperature).sub_(self.shift)
+        cdf, sf = torch.sigmoid(u), torch.sigmoid(-u)
+        logsigmoid = torch.nn.functional.logsigmoid
+        slopes: list[Tensor] = [self.mean_factor, logits] if self.gradients else []
+        return LogCDFDerivatives(
+            logsigmoid(u),
+            logsigmoid(-u),
+            sf * self.temperature,
+            -cdf * self.temperature,
+            tuple((sf * slope, -cdf * slope) for slope in slopes),
+        )
+
+
+# Beyond the logit of every float64 in (0, 1); an infinite one would turn a product with 0 to NaN.
+_HIGHEST_LOGIT = 1e3
 
 
 def get_relaxed_bernoulli_cdf(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["CDF", "CDFDerivatives"]
+__all__ = ["CDFDerivatives", "LogCDFDerivatives", "PreparedCDF", "nearest_inside"]
 
 
 class CDFDerivatives(NamedTuple):
@@ -18,5 +19,51 @@ class CDFDerivatives(NamedTuple):
     parameters: tuple[Tensor, ...] = ()
 
 
-CDF = Callable[[Tensor], CDFDerivatives]
-"""A CDF whose parameters are set, as a function of x; outside of autograd, and returning new tensors."""
+class LogCDFDerivatives(NamedTuple):
+    """The logarithms of the CDF and of the survival function (1 less it) at x, and their derivatives.
+
+    ``parameters`` holds a pair for each parameter, of log CDF and of log survival function.
+    """
+
+    log_cdf: Tensor
+    log_sf: Tensor
+    cdf_by_x: Tensor
+    sf_by_x: Tensor
+    parameters: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+class PreparedCDF(ABC):
+    """A CDF whose parameters are set, as a function of x or of logit(x).
+
+    It is outside of autograd, and returns new tensors in the dtype of the values.
+    """
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> CDFDerivatives:
+        """The CDF at x."""
+
+    @abstractmethod
+    def logs(self, x: Tensor) -> LogCDFDerivatives:
+        """The logarithms at x, with relative precision as far into the tails as x goes."""
+
+    def at_logits(self, logits: Tensor) -> CDFDerivatives:
+        """The CDF at sigmoid(logits), its density that of the logits."""
+        x, slope = torch.sigmoid(logits), _slope_of_sigmoid(logits)
+        at = self(x)
+        return at._replace(pdf=at.pdf.mul_(slope))
+
+    def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:
+        """The logarithms at sigmoid(logits), their derivatives in the logits."""
+        x, slope = torch.sigmoid(logits), _slope_of_sigmoid(logits)
+        at = self.logs(x)
+        return at._replace(cdf_by_x=at.cdf_by_x.mul_(slope), sf_by_x=at.sf_by_x.mul_(slope))
+
+
+def _slope_of_sigmoid(logits: Tensor) -> Tensor:
+    return torch.sigmoid(logits).mul_(torch.sigmoid(-logits))
+
+
+def nearest_inside(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The number in (0, 1) nearest to x, and where that is x itself (or x is NaN)."""
+    finfo = torch.finfo(x.dtype)
+    return x.clamp(finfo.smallest_normal, 1 - finfo.eps / 2), (x > 0) & (x < 1) | x.isnan()

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributions as td
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
 from batchshaping.checks import known_to_hold
-from batchshaping.derivatives import CDF
+from batchshaping.derivatives import PreparedCDF
 
 __all__ = ["Beta", "ClosedFormPrior", "Normal", "RelaxedBernoulli", "SymBeta"]
 
@@ -37,7 +38,7 @@ class ClosedFormPrior(td.Distribution):
     """A distribution on the line whose CDF has derivatives in closed form.
 
     A subclass names its parameters and their ranges in ``ranges``, and defines ``prepare``, ``cdf`` and
-    ``icdf``.
+    ``quantile``.
     """
 
     ranges: ClassVar[dict[str, _Range]]
@@ -95,12 +96,35 @@ class ClosedFormPrior(td.Distribution):
         return value.expand(self.batch_shape)
 
     @staticmethod
-    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+    def prepare(
+        parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
+    ) -> PreparedCDF:
         """The CDF of these parameters on values of this dtype, with their gradients or without.
 
-        What depends on the parameters only is computed here, once for all values.
+        What depends on the parameters only is computed here, once for all values. Logarithms may be asked for
+        if ``tails`` is set.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def quantile(parameters: tuple[Tensor, ...], p: Tensor) -> Tensor:
+        """The inverse of the CDF of these parameters at p, differentiable in everything."""
+        raise NotImplementedError
+
+    def icdf(self, value: Tensor) -> Tensor:
+        return self.quantile(self.parameters, value)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """The logarithm of the CDF, with relative precision as far into the tails as the values go."""
+        return self._log_tails(value)[0]
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """The logarithm of the survival function, 1 less the CDF, likewise."""
+        return self._log_tails(value)[1]
+
+    def _log_tails(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        tails: tuple[Tensor, Tensor] = _LogTails.apply(value, type(self), *self.parameters)[:2]
+        return tails
 
     def of_arrays(self, shape: torch.Size, arrays: slice) -> ClosedFormPrior:
         """The priors of some of the arrays of a shape, counted in row-major order."""
@@ -124,6 +148,33 @@ class ClosedFormPrior(td.Distribution):
             for name, value in self._given.items()
         )
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class _LogTails(torch.autograd.Function):
+    """log CDF and log survival function, with their derivatives computed beside them in the forward pass."""
+
+    @staticmethod
+    def forward(value: Tensor, prior: type[ClosedFormPrior], *parameters: Tensor) -> tuple[Tensor, ...]:
+        at = prior.prepare(parameters, value.dtype, gradients=True, tails=True).logs(value)
+        cdf_by, sf_by = zip(*at.parameters, strict=True)
+        return at.log_cdf, at.log_sf, at.cdf_by_x, *cdf_by, at.sf_by_x, *sf_by
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*output[2:])
+        ctx.operands = [(inputs[0].shape, inputs[0].dtype), *((p.shape, p.dtype) for p in inputs[2:])]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cdf_gradient: Tensor, sf_gradient: Tensor, *_: Any) -> Any:
+        half = len(ctx.operands)
+        pairs = zip(ctx.saved_tensors[:half], ctx.saved_tensors[half:], ctx.operands, strict=True)
+        by_value, *by_parameter = (
+            (cdf_gradient * cdf_by + sf_gradient * sf_by).sum_to_size(shape).to(dtype)
+            for cdf_by, sf_by, (shape, dtype) in pairs
+        )
+        return by_value, None, *by_parameter
 
 
 def _rounded(dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -173,19 +224,22 @@ class Beta(ClosedFormPrior, td.Beta):
         return self.parameter("b")
 
     @staticmethod
-    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+    def prepare(
+        parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
+    ) -> PreparedCDF:
         a, b = parameters
         if not gradients and all(p.ndim == 0 and p.device.type == "cpu" for p in parameters):
-            return cdf_beta.fixed_beta_cdf(float(a), float(b), dtype)
-        return cdf_beta.BetaCDF(a, b, dtype, gradients=gradients)
+            return cdf_beta.fixed_beta_cdf(float(a), float(b), dtype, tails)
+        return cdf_beta.BetaCDF(a, b, dtype, gradients=gradients, tails=tails)
 
     def cdf(self, value: Tensor) -> Tensor:
         a, b = self.parameters
         return cdf_beta.betainc(a, b, value)
 
-    def icdf(self, value: Tensor) -> Tensor:
-        a, b = self.parameters
-        return cdf_beta.betaincinv(a, b, value)
+    @staticmethod
+    def quantile(parameters: tuple[Tensor, ...], p: Tensor) -> Tensor:
+        a, b = parameters
+        return cdf_beta.betaincinv(a, b, p)
 
 
 class SymBeta(Beta):
@@ -270,7 +324,9 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
         return self.parameter("temperature")
 
     @staticmethod
-    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+    def prepare(
+        parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
+    ) -> PreparedCDF:
         mean, temperature = _rounded(dtype, *parameters)
         return cdf_relaxedbernoulli.RelaxedBernoulliCDF(mean, temperature, gradients=gradients)
 
@@ -281,9 +337,10 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
         cdf = torch.sigmoid(temperature * logit - torch.logit(mean))
         return torch.where(inside, cdf, (value > 0.5).to(value.dtype))
 
-    def icdf(self, value: Tensor) -> Tensor:
-        mean, temperature = _rounded(value.dtype, *self.parameters)
-        return torch.sigmoid((torch.logit(value) + torch.logit(mean)) / temperature)
+    @staticmethod
+    def quantile(parameters: tuple[Tensor, ...], p: Tensor) -> Tensor:
+        mean, temperature = _rounded(p.dtype, *parameters)
+        return torch.sigmoid((torch.logit(p) + torch.logit(mean)) / temperature)
 
 
 class Normal(ClosedFormPrior, td.Normal):
@@ -320,7 +377,9 @@ class Normal(ClosedFormPrior, td.Normal):
         return self.parameter("scale")
 
     @staticmethod
-    def prepare(parameters: tuple[Tensor, ...], dtype: torch.dtype, gradients: bool) -> CDF:
+    def prepare(
+        parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
+    ) -> PreparedCDF:
         loc, scale = _rounded(dtype, *parameters)
         return cdf_normal.NormalCDF(loc, scale, gradients=gradients)
 
@@ -328,7 +387,8 @@ class Normal(ClosedFormPrior, td.Normal):
         loc, scale = _rounded(value.dtype, *self.parameters)
         return cdf_normal.get_normal_cdf(value, loc, scale)
 
-    def icdf(self, value: Tensor) -> Tensor:
-        loc, scale = _rounded(value.dtype, *self.parameters)
-        standard: Tensor = torch.special.ndtri(value)
+    @staticmethod
+    def quantile(parameters: tuple[Tensor, ...], p: Tensor) -> Tensor:
+        loc, scale = _rounded(p.dtype, *parameters)
+        standard: Tensor = torch.special.ndtri(p)
         return loc + scale * standard

@@ -1,0 +1,354 @@
+r"""The statistics: how far samples in order are from a prior.
+
+With order statistics :math:`x_{(1)} \le \dots \le x_{(N)}` and plotting positions
+:math:`p_i = i / (N + 1)`, each is the mean over i of its terms:
+
+- Cramér-von Mises, :math:`(F(x_{(i)}) - p_i)^2`, weighs all parts of the prior alike. Its gradient vanishes
+  where the density does;
+- Anderson-Darling, twice the relative entropy of :math:`p_i` to :math:`F(x_{(i)})`, is near the fit that over
+  :math:`p_i (1 - p_i)`. Its gradient grows with the distance from the prior's mass;
+- Wasserstein, :math:`(x_{(i)} - F^{-1}(p_i))^2`, has a gradient that is the distance itself.
+
+A statistic of one's own is a subclass of :class:`Statistic` with one method.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from batchshaping.priors import ClosedFormPrior
+from batchshaping.ranking import order_statistics, ranks
+
+__all__ = [
+    "AndersonDarling",
+    "ClosedFormStatistic",
+    "CramerVonMises",
+    "STATISTICS",
+    "Samples",
+    "Statistic",
+    "Terms",
+    "Wasserstein",
+    "on_the_line",
+]
+
+# Values evaluated at a time: few enough that the intermediate results stay in a core's cache, and that memory
+# is bounded however many there are. Other devices take all at once.
+_TILE = 2**16
+
+
+class Samples:
+    """The sorted samples of each array, of shape (..., N), and the plotting positions that belong to them.
+
+    Args:
+        x: values of shape (..., N).
+        count: number of samples of each array, of shape (...), if not N; the other values of x are infinite.
+        ties: whether equal values share the largest of their ranks.
+
+    Attributes:
+        values: the samples in order, behind them the first one again in place of what is no sample.
+        positions: the plotting positions, of shape (N,), or (..., N) with a count or ties.
+        is_sample: which values are samples; None if all are.
+        poison: NaN for an array with a NaN and 0 otherwise, of shape (...).
+    """
+
+    def __init__(self, x: Tensor, count: Tensor | None, ties: bool) -> None:
+        self.order = order_statistics(x)
+        self.values = values = self.order.values
+        n = values.shape[-1]
+        # A NaN is sorted last, behind what is no sample.
+        self.poison = torch.where(values[..., -1].isnan(), torch.nan, 0.0).to(x.dtype)
+        self.is_sample: Tensor | None = None
+        self.count: Tensor | int = n
+        if count is None:
+            self.positions = ranks(values, n, ties) / (n + 1)
+        else:
+            self.count, column = count, count.unsqueeze(-1)
+            self.is_sample = torch.arange(n, device=x.device) < column
+            # Behind the samples stand positions that are valid, since what is computed there is left out.
+            self.positions = ranks(values, column, ties).clamp_max(column) / (column + 1)
+            self.values = torch.where(self.is_sample, values, values[..., :1])
+
+    def tiles(self) -> Iterator[slice]:
+        """Parts of the last dimension, one after the other."""
+        n = self.values.shape[-1]
+        on_cpu = self.values.device.type == "cpu"
+        width = max(1, _TILE * n // max(self.values.numel(), 1)) if on_cpu else max(n, 1)
+        return (slice(start, min(start + width, n)) for start in range(0, n, width))
+
+
+class Statistic(ABC):
+    """A distance between samples in order and a prior, the mean of what each sample contributes.
+
+    A subclass defines :meth:`terms`; autograd differentiates it.
+
+    Example:
+        >>> class AbsoluteDistance(Statistic):
+        ...     def terms(self, values, positions, prior):
+        ...         return (prior.cdf(values) - positions).abs()
+        >>> from batchshaping import Beta, batch_shaping
+        >>> batch_shaping(torch.tensor([0.2, 0.4, 0.9]), Beta(2, 2), statistic=AbsoluteDistance())
+        tensor(0.1720)
+    """
+
+    @abstractmethod
+    def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
+        """What each sample contributes, differentiable in the values and in the prior's parameters.
+
+        Args:
+            values: the samples in ascending order, of shape (N, arrays...).
+            positions: their plotting positions i / (N + 1), of a shape that broadcasts with the values'.
+            prior: a distribution whose ``batch_shape`` broadcasts with (arrays...). Its ``cdf``, ``log_cdf``,
+                ``log_sf`` and ``icdf`` take any values, outside of its support too.
+
+        Returns:
+            A tensor of the values' shape.
+        """
+
+    def loss(self, x: Tensor, count: Tensor | None, ties: bool, prior: Distribution) -> Tensor:
+        """The statistic of each array: x of shape (..., N) to (...)."""
+        with torch.no_grad():
+            samples = Samples(x, count, ties)
+        values = x.gather(-1, samples.order.indices)
+        if samples.is_sample is not None:
+            values = torch.where(samples.is_sample, values, values[..., :1])
+        # Distributions broadcast from the right, so here the samples come first.
+        positions = samples.positions.movedim(-1, 0)
+        positions = positions.reshape(-1, *[1] * (values.ndim - 1)) if positions.ndim == 1 else positions
+        terms = self.terms(values.movedim(-1, 0), positions, on_the_line(prior)).movedim(0, -1)
+        if samples.is_sample is not None:
+            terms = torch.where(samples.is_sample, terms, 0.0)
+        return terms.sum(dim=-1) / samples.count + samples.poison
+
+
+class Terms(NamedTuple):
+    """What each sample contributes, and *half* its derivative in the sample and in each parameter."""
+
+    value: Tensor
+    by_x: Tensor
+    by_parameter: tuple[Tensor, ...]
+
+
+class ClosedFormStatistic(Statistic):
+    """A statistic with closed forms of its derivatives for a prior that has those of its CDF."""
+
+    name: ClassVar[str]
+    by_name: ClassVar[dict[str, type[ClosedFormStatistic]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = f"{cls.__module__}.{cls.__qualname__}"
+        ClosedFormStatistic.by_name[cls.name] = cls
+
+    @abstractmethod
+    def closed_form(
+        self,
+        prior: type[ClosedFormPrior],
+        parameters: tuple[Tensor, ...],
+        samples: Samples,
+        logits: bool,
+        gradients: bool,
+    ) -> Callable[[slice], Terms]:
+        """The terms of a tile of the samples, which may be written over; parameters broadcast with (..., 1).
+
+        Args:
+            prior: the family of the prior.
+            parameters: its parameters.
+            samples: the samples in order.
+            logits: whether they are logits, of which the prior's values are the sigmoid.
+            gradients: whether to return the derivatives in the parameters.
+        """
+
+    def loss_and_gradients(
+        self,
+        x: Tensor,
+        count: Tensor | None,
+        parameters: Sequence[Tensor],
+        prior: type[ClosedFormPrior],
+        ties: bool,
+        logits: bool,
+        needs_x: bool,
+        needs_parameters: bool,
+    ) -> list[Tensor]:
+        """The statistic of each array and its gradients, all without a graph.
+
+        Returned are the losses of shape (...); the gradient in x of shape (..., N), empty where not needed;
+        the factor that all gradients of an array have yet to be multiplied by, of shape (...); and the
+        gradients in the parameters, of shape (...) each or empty where not needed.
+        """
+        samples = Samples(x, count, ties)
+        by_array = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
+        terms_of = self.closed_form(prior, by_array, samples, logits, needs_parameters)
+        total = x.new_zeros(x.shape[:-1])
+        by_parameter = [x.new_zeros(x.shape[:-1] if needs_parameters else 0) for _ in parameters]
+        by_x = x.new_empty(x.shape if needs_x else 0)
+        for tile in samples.tiles():
+            terms = terms_of(tile)
+            if samples.is_sample is not None:
+                terms = Terms(*_only(samples.is_sample[..., tile], terms))
+            total += terms.value.sum(dim=-1)
+            for accumulated, derivative in zip(by_parameter, terms.by_parameter, strict=False):
+                accumulated += derivative.sum(dim=-1)
+            if needs_x:
+                by_x.scatter_(-1, samples.order.indices[..., tile], terms.by_x)
+        loss = total / samples.count + samples.poison
+        factor = samples.poison + 2 / torch.as_tensor(samples.count, device=x.device)
+        return [loss, by_x, factor, *by_parameter]
+
+
+def _only(is_sample: Tensor, terms: Terms) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    value, by_x, by_parameter = terms
+    return value * is_sample, by_x * is_sample, tuple(by * is_sample for by in by_parameter)
+
+
+class CramerVonMises(ClosedFormStatistic):
+    r"""The squared distance of the CDF to the plotting positions, :math:`(F(x_{(i)}) - p_i)^2`."""
+
+    def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
+        return (prior.cdf(values) - positions).square()
+
+    def closed_form(
+        self,
+        prior: type[ClosedFormPrior],
+        parameters: tuple[Tensor, ...],
+        samples: Samples,
+        logits: bool,
+        gradients: bool,
+    ) -> Callable[[slice], Terms]:
+        prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients)
+        evaluate = prepared.at_logits if logits else prepared
+
+        def terms(tile: slice) -> Terms:
+            at = evaluate(samples.values[..., tile])
+            residual = at.cdf.sub_(samples.positions[..., tile])
+            by_parameter = tuple(residual * derivative for derivative in at.parameters)
+            return Terms(residual * residual, at.pdf.mul_(residual), by_parameter)
+
+        return terms
+
+
+class AndersonDarling(ClosedFormStatistic):
+    r"""Twice the relative entropy of the plotting positions to the CDF.
+
+    .. math::
+        2 p_i \log \frac{p_i}{F(x_{(i)})} + 2 (1 - p_i) \log \frac{1 - p_i}{1 - F(x_{(i)})}
+
+    With positions (2 i - 1) / (2 N) its sum is the classical statistic less its least value. Near the fit it
+    is the Cramér-von Mises term over :math:`p_i (1 - p_i)`.
+    """
+
+    def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
+        log_cdf, log_sf = prior.log_cdf(values), prior.log_sf(values)  # type: ignore[attr-defined]
+        lower = positions * (positions.log() - log_cdf)
+        upper = (1 - positions) * (torch.log1p(-positions) - log_sf)
+        total: Tensor = 2 * (lower + upper)
+        return total
+
+    def closed_form(
+        self,
+        prior: type[ClosedFormPrior],
+        parameters: tuple[Tensor, ...],
+        samples: Samples,
+        logits: bool,
+        gradients: bool,
+    ) -> Callable[[slice], Terms]:
+        prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients, tails=True)
+        evaluate = prepared.logs_at_logits if logits else prepared.logs
+        entropy = torch.special.entr(samples.positions) + torch.special.entr(1 - samples.positions)
+
+        def terms(tile: slice) -> Terms:
+            at = evaluate(samples.values[..., tile])
+            p = samples.positions[..., tile]
+
+            def mean(lower: Tensor, upper: Tensor) -> Tensor:
+                return torch.lerp(upper, lower, p.expand(upper.shape)).neg_()
+
+            value = mean(at.log_cdf, at.log_sf).sub_(entropy[..., tile]).mul_(2)
+            by_parameter = tuple(mean(*pair) for pair in at.parameters)
+            return Terms(value, mean(at.cdf_by_x, at.sf_by_x), by_parameter)
+
+        return terms
+
+
+class Wasserstein(ClosedFormStatistic):
+    r"""The squared distance of the samples to the prior's quantiles, :math:`(x_{(i)} - F^{-1}(p_i))^2`."""
+
+    def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
+        return (values - prior.icdf(positions)).square()
+
+    def closed_form(
+        self,
+        prior: type[ClosedFormPrior],
+        parameters: tuple[Tensor, ...],
+        samples: Samples,
+        logits: bool,
+        gradients: bool,
+    ) -> Callable[[slice], Terms]:
+        prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients)
+        quantiles = prior.quantile(parameters, samples.positions).to(samples.values.dtype)
+
+        def terms(tile: slice) -> Terms:
+            values, quantile = samples.values[..., tile], quantiles[..., tile]
+            x = torch.sigmoid(values) if logits else values
+            distance = x - quantile
+            by_x = distance * (torch.sigmoid(-values) * x) if logits else distance
+            by_parameter: tuple[Tensor, ...] = ()
+            if gradients:
+                # Where F(q) = p stays as it is, dq = -dF / f.
+                at = prepared(quantile)
+                by_parameter = tuple(distance * derivative / at.pdf for derivative in at.parameters)
+            return Terms(distance * distance, by_x, by_parameter)
+
+        return terms
+
+
+class _OnTheLine(Distribution):
+    """Any distribution with a ``cdf``, taken on the whole line: 0 left of its support and 1 right of it."""
+
+    def __init__(self, prior: Distribution) -> None:
+        self.prior = copy.copy(prior)
+        self.prior._validate_args = False
+        super().__init__(prior.batch_shape, validate_args=False)
+        self.lower = getattr(prior.support, "lower_bound", -torch.inf)
+        self.upper = getattr(prior.support, "upper_bound", torch.inf)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        lower, upper = (
+            torch.as_tensor(v, dtype=value.dtype, device=value.device) for v in (self.lower, self.upper)
+        )
+        inside = (value > lower) & (value < upper) | value.isnan()
+        middle = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1).nan_to_num(0.0, 0.0, 0.0)
+        cdf = self.prior.cdf(torch.where(inside, value, middle))
+        return torch.where(inside, cdf, (value >= upper).to(value.dtype))
+
+    def icdf(self, value: Tensor) -> Tensor:
+        return self.prior.icdf(value)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """The logarithm of the CDF, bounded below by that of the smallest number."""
+        cdf = self.cdf(value)
+        return cdf.clamp_min(torch.finfo(cdf.dtype).smallest_normal).log()
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """The logarithm of 1 less the CDF, likewise."""
+        cdf = self.cdf(value)
+        return (1 - cdf).clamp_min(torch.finfo(cdf.dtype).smallest_normal).log()
+
+
+def on_the_line(prior: Distribution) -> Distribution:
+    """The prior with everything that a statistic asks of one."""
+    return prior if isinstance(prior, ClosedFormPrior) else _OnTheLine(prior)
+
+
+STATISTICS: dict[str, Statistic] = {
+    "cramer_von_mises": CramerVonMises(),
+    "anderson_darling": AndersonDarling(),
+    "wasserstein": Wasserstein(),
+}
+"""The statistics by the names under which the loss takes them."""
