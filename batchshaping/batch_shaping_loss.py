@@ -139,7 +139,10 @@ def _loss(
 ) -> Tensor:
     """The loss of each array, in closed form where there is one."""
     if not isinstance(statistic, ClosedFormStatistic) or not isinstance(prior, ClosedFormPrior):
-        return statistic.loss(torch.sigmoid(x) if logits else x, count, ties, prior)
+        if logits:
+            # What is masked stays infinite.
+            x = torch.where(x == torch.inf, x, torch.sigmoid(x)) if count is not None else torch.sigmoid(x)
+        return statistic.loss(x, count, ties, prior)
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
     needs = (graph and x.requires_grad, graph and any(p.requires_grad for p in parameters))

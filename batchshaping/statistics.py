@@ -9,6 +9,8 @@ With order statistics :math:`x_{(1)} \le \dots \le x_{(N)}` and plotting positio
   :math:`p_i (1 - p_i)`. Its gradient grows with the distance from the prior's mass;
 - Wasserstein, :math:`(x_{(i)} - F^{-1}(p_i))^2`, has a gradient that is the distance itself.
 
+Epps-Pulley compares characteristic functions instead, for a Normal prior.
+
 A statistic of one's own is a subclass of :class:`Statistic` with one method.
 """
 
@@ -23,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from batchshaping.priors import ClosedFormPrior
+from batchshaping.priors import ClosedFormPrior, Normal
 from batchshaping.ranking import order_statistics, ranks
 
 __all__ = [
     "AndersonDarling",
     "ClosedFormStatistic",
     "CramerVonMises",
+    "EppsPulley",
     "STATISTICS",
     "Samples",
     "Statistic",
@@ -308,6 +311,107 @@ class Wasserstein(ClosedFormStatistic):
         return terms
 
 
+class EppsPulley(ClosedFormStatistic):
+    r"""The squared distance of the empirical characteristic function to that of a Normal prior.
+
+    .. math::
+        \int_{-T}^{T} \left| \frac{1}{N} \sum_j e^{i t z_j} - e^{-t^2 / 2} \right|^2 e^{-t^2 / 2} \, dt,
+        \qquad z_j = \frac{x_j - \mu}{\sigma}
+
+    by the trapezoidal rule on [0, T], both halves being alike. It needs no order, so ``ties`` changes nothing.
+    Times N it is the statistic of SIGReg in LeJEPA.
+
+    Args:
+        limit: T.
+        points: number of points in [0, T].
+
+    References:
+        Epps and Pulley, A test for normality based on the empirical characteristic function, 1983.
+        Balestriero and LeCun, LeJEPA, 2025, https://arxiv.org/abs/2511.08544.
+    """
+
+    def __init__(self, limit: float = 3.0, points: int = 17) -> None:
+        self.t = torch.linspace(0.0, limit, points, dtype=torch.float64)
+        self.target = torch.exp(-self.t.square() / 2)
+        step = limit / (points - 1)
+        self.weights = self.target * 2 * step
+        self.weights[[0, -1]] /= 2
+
+    def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
+        raise NotImplementedError("the characteristic function is not a mean of terms of single samples")
+
+    def closed_form(self, *_: Any) -> Callable[[slice], Terms]:
+        raise NotImplementedError("the characteristic function is not a mean of terms of single samples")
+
+    def loss(self, x: Tensor, count: Tensor | None, ties: bool, prior: Distribution) -> Tensor:
+        if not isinstance(prior, torch.distributions.Normal):
+            raise ValueError(f"epps_pulley needs a Normal prior, received {prior}")
+        # What is masked is infinite.
+        left_out = torch.zeros((), dtype=torch.bool) if count is None else x == torch.inf
+        z = (x.masked_fill(left_out, 0.0) - prior.loc.unsqueeze(-1)) / prior.scale.unsqueeze(-1)
+        n = x.shape[-1] if count is None else count
+        total = torch.zeros_like(z[..., 0])
+        for t, target, weight in zip(
+            self.t.tolist(), self.target.tolist(), self.weights.tolist(), strict=True
+        ):
+            cosine, sine = (
+                f(t * z).masked_fill(left_out, 0.0).sum(dim=-1) / n for f in (torch.cos, torch.sin)
+            )
+            total = total + weight * ((cosine - target).square() + sine.square())
+        return total
+
+    def loss_and_gradients(
+        self,
+        x: Tensor,
+        count: Tensor | None,
+        parameters: Sequence[Tensor],
+        prior: type[ClosedFormPrior],
+        ties: bool,
+        logits: bool,
+        needs_x: bool,
+        needs_parameters: bool,
+    ) -> list[Tensor]:
+        if not issubclass(prior, Normal):
+            raise ValueError(f"epps_pulley needs a Normal prior, received {prior.__name__}")
+        loc, scale = (p.unsqueeze(-1) if p.ndim else p.to(x.dtype) for p in parameters)
+        values = torch.sigmoid(x) if logits else x
+        z = (values - loc) / scale
+        n: Tensor | int = x.shape[-1]
+        left_out: Tensor | None = None
+        if count is not None:
+            # What is masked is infinite; at 0 each adds 1 to every sum.
+            n, left_out = count.unsqueeze(-1), x == torch.inf
+            z.masked_fill_(left_out, 0.0)
+        # Powers of one rotation: a sine and a cosine of each value, whatever the number of points.
+        rotation = torch.polar(torch.ones_like(z), z * float(self.t[1]))
+        power = torch.ones_like(rotation)
+        means = [torch.ones_like(rotation[..., :1])]
+        for _ in self.t[1:]:
+            power.mul_(rotation)
+            means.append((power.sum(dim=-1, keepdim=True) - (x.shape[-1] - n)) / n)
+        difference = torch.cat(means, dim=-1) - self.target.to(x)
+        weights = self.weights.to(x)
+        loss = (difference.abs().square() * weights).sum(dim=-1)
+        # The derivative in z is 2 / N Re sum_k w_k conj(d_k) i t_k e^(i t_k z): a polynomial in the rotation.
+        coefficients = difference.conj() * (weights * self.t.to(x) * 1j)
+        polynomial = power.copy_(coefficients[..., -1:].expand_as(power))
+        for k in range(len(self.t) - 2, -1, -1):
+            polynomial.mul_(rotation).add_(coefficients[..., k : k + 1])
+        by_z = polynomial.real / scale
+        if left_out is not None:
+            by_z.masked_fill_(left_out, 0.0)
+        by_parameter = [-by_z.sum(dim=-1), -(by_z * z).sum(dim=-1)]
+        by_x = by_z.mul_(values * (1 - values)) if logits else by_z
+        factor = 2 / torch.as_tensor(n, device=x.device).to(x).squeeze(-1).expand(loss.shape)
+        nothing = x.new_empty(0)
+        return [
+            loss,
+            by_x if needs_x else nothing,
+            factor,
+            *(by if needs_parameters else nothing for by in by_parameter),
+        ]
+
+
 class _OnTheLine(Distribution):
     """Any distribution with a ``cdf``, taken on the whole line: 0 left of its support and 1 right of it."""
 
@@ -350,5 +454,6 @@ STATISTICS: dict[str, Statistic] = {
     "cramer_von_mises": CramerVonMises(),
     "anderson_darling": AndersonDarling(),
     "wasserstein": Wasserstein(),
+    "epps_pulley": EppsPulley(),
 }
 """The statistics by the names under which the loss takes them."""

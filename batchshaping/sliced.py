@@ -1,0 +1,86 @@
+"""The batch-shaping loss in many dimensions: random projections, each shaped to a prior on the line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from batchshaping.batch_shaping_loss import batch_shaping
+from batchshaping.distributed import Group
+from batchshaping.priors import Normal
+from batchshaping.statistics import Statistic
+
+__all__ = ["SlicedBatchShapingLoss"]
+
+
+class SlicedBatchShapingLoss(nn.Module):
+    r"""The mean batch-shaping loss of random projections of an embedding.
+
+    .. math::
+        L = \frac{1}{M} \sum_{m=1}^M L(X u_m; F), \qquad u_m \sim \mathrm{Uniform}(S^{D-1})
+
+    By the theorem of Cramér and Wold a distribution is given by its projections: with a standard Normal prior
+    the loss is least for an isotropic Gaussian embedding, which cannot collapse. With
+    ``statistic="epps_pulley"`` it is SIGReg up to a factor N.
+
+    Each forward pass in training draws new directions from a generator that the seed and the number of passes
+    determine, so that all ranks project alike, and a resumed run goes on as if undisturbed. In evaluation the
+    directions of the next pass are used and not counted.
+
+    Args:
+        slices: number M of directions.
+        prior: prior of every projection.
+        statistic: name of the statistic, or one's own.
+        seed: seed of the directions.
+        group: process group over which the batch extends, or "world".
+
+    References:
+        Balestriero and LeCun, LeJEPA, 2025, https://arxiv.org/abs/2511.08544.
+
+    Example:
+        >>> loss = SlicedBatchShapingLoss(slices=64)
+        >>> round_cloud = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+        >>> bool(loss(round_cloud) < loss(0.5 * round_cloud))
+        True
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        slices: int = 1024,
+        prior: Distribution | None = None,
+        *,
+        statistic: str | Statistic = "cramer_von_mises",
+        seed: int = 0,
+        group: Group = None,
+    ) -> None:
+        super().__init__()
+        if slices < 1:
+            raise ValueError(f"slices must be at least 1, received {slices}")
+        self.slices, self.statistic, self.seed, self.group = slices, statistic, seed, group
+        self.prior = Normal(0.0, 1.0) if prior is None else prior
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def directions(self, dimensions: int) -> Tensor:
+        """The unit vectors of the next pass, of shape (dimensions, slices), on the CPU in float32."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + int(self.step))
+        directions = torch.randn(dimensions, self.slices, generator=generator)
+        norms: Tensor = torch.linalg.vector_norm(directions, dim=0)
+        return directions / norms
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The loss of an embedding of shape (..., D), of which all dimensions but the last hold samples."""
+        if x.ndim < 2:
+            raise ValueError(
+                f"x must have shape (..., D) with samples before the last, received {tuple(x.shape)}"
+            )
+        directions = self.directions(x.shape[-1]).to(x)
+        if self.training:
+            self.step += 1
+        projections = x.flatten(0, -2) @ directions
+        return batch_shaping(projections, self.prior, dim=0, statistic=self.statistic, group=self.group)
+
+    def extra_repr(self) -> str:
+        return f"slices={self.slices}, prior={self.prior}, statistic={self.statistic!r}, seed={self.seed}"
