@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types unit notebooks format clean
+.PHONY: help env demo figures test lint types unit notebooks format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ env: $(env) ## Create the environment and install the package with all extras
 
 demo: $(env) ## Train a small gated network on handwritten digits, with and without the loss
 	$(VENV)/bin/batchshaping demo
+
+figures: $(env) ## Repeat the published runs: print their losses, draw them into outputs/
+	$(run) batchshaping.published outputs
 
 test: lint types unit notebooks ## Run every check
 

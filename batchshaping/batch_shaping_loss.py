@@ -14,20 +14,19 @@ ranks, F and the density f, all at hand after the sort, so that the forward pass
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
+from batchshaping.cdf_beta import clip_density
 from batchshaping.checks import known_to_hold
 from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 from batchshaping.distributed import Collect, Columns, Deal, Group, resolve_group
-from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli
+from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli, SymBeta
 from batchshaping.statistics import STATISTICS, ClosedFormStatistic, Statistic
 
 __all__ = ["BatchShapingLoss", "GeneralizedBatchShapingLoss", "Prior", "batch_shaping", "gbas_loss"]
@@ -96,13 +95,17 @@ class _ClosedFormLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+        # The gradients stay differentiable outputs: deriving one of them leads to backward, which refuses.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
         ctx.parameter_shapes = [(p.shape, p.dtype) for p in inputs[5:]]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None, *others: Tensor | None) -> Any:
+        if any(other is not None for other in others):
+            raise NotImplementedError("the batch-shaping loss is differentiable once, not twice")
+        if gradient is None:
+            return (None,) * (5 + len(ctx.parameter_shapes))
         by_x, factor, *by_parameter = ctx.saved_tensors
         needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         scaled = gradient * factor
@@ -145,8 +148,11 @@ def _loss(
         return statistic.loss(x, count, ties, prior)
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
-    needs = (graph and x.requires_grad, graph and any(p.requires_grad for p in parameters))
-    flags = (ties, logits, *needs)
+    # A tensor that vmap maps does not tell whether a transform outside of vmap differentiates in it.
+    unknown = torch._C._are_functorch_transforms_active()
+    needs_x = graph and (unknown or x.requires_grad)
+    needs_parameters = graph and (unknown or any(p.requires_grad for p in parameters))
+    flags = (ties, logits, needs_x, needs_parameters)
     outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, count, statistic, type(prior), flags, *parameters)
     return outputs[0]
 
@@ -301,9 +307,9 @@ def _check_broadcast(
 
 def _canonical(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """The sample dimensions, counted from the front and in order."""
-    if dim is None:
+    dims = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    if not dims:  # as in torch, none named means all
         return tuple(range(ndim))
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
     span = max(ndim, 1)
     for d in dims:
         if not -span <= d < span:
@@ -319,7 +325,7 @@ def _canonical(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 def _samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Move the sample dimensions to the end and join them: (arrays..., N)."""
     kept = [d for d in range(x.ndim) if d not in dims]
-    moved = x.permute(*kept, *dims)
+    moved = x.permute((*kept, *dims))
     # The product, and not -1, since there may be no values at all.
     return moved.reshape(*moved.shape[: len(kept)], moved.shape[len(kept) :].numel())
 
@@ -374,11 +380,20 @@ class BatchShapingLoss(nn.Module):
         _check_prior(prior)
         _statistic(statistic)
         _reduction(reduction)
-        self.prior, self.dim, self.statistic = prior, dim, statistic
+        self.dim, self.statistic = dim, statistic
         self.ties, self.logits, self.reduction, self.group = ties, logits, reduction, group
+        self._prior = prior
         for name, value in vars(prior).get("_given", vars(prior)).items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
+
+    @property
+    def prior(self) -> Distribution:
+        """The prior, with the parameters that this module has now."""
+        learned = dict(self.named_parameters(recurse=False))
+        if learned and isinstance(self._prior, ClosedFormPrior):
+            return self._prior.replace(**learned)
+        return self._prior
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of x, over the values where the mask is True."""
@@ -538,46 +553,55 @@ class Prior(Enum):
 
 
 class _Clipped(PreparedCDF):
-    """A CDF on values clipped to [low, high], with a density clipped to [least, greatest]."""
+    """A CDF whose density, and first the values if need be, are changed as published."""
 
-    def __init__(self, cdf: PreparedCDF, values: tuple[float, float], density: tuple[float, float]) -> None:
-        self.inner, self.values, self.density = cdf, values, density
+    def __init__(self, cdf: PreparedCDF, change: Callable[[PreparedCDF, Tensor], CDFDerivatives]) -> None:
+        self.cdf, self.change = cdf, change
 
     def __call__(self, x: Tensor) -> CDFDerivatives:
-        inside = x.clamp(*self.values)
-        at = self.inner(inside)
-        return at._replace(pdf=at.pdf.clamp_(*self.density).mul_(inside == x))
+        return self.change(self.cdf, x)
 
     def logs(self, x: Tensor) -> LogCDFDerivatives:
         raise NotImplementedError("the published priors have the published statistic only")
 
 
 class _ClippedBeta(Beta):
-    """A Beta prior whose density is clipped in the backward pass, as published."""
+    """A Beta prior whose density is clipped in the backward pass."""
 
     @staticmethod
     def prepare(
         parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
     ) -> PreparedCDF:
-        return _Clipped(Beta.prepare(parameters, dtype, gradients=gradients), (0.0, 1.0), (1e-3, 100.0))
+        a, b = parameters
+
+        def clipped(cdf: PreparedCDF, x: Tensor) -> CDFDerivatives:
+            at = cdf(x)
+            return at._replace(pdf=clip_density(at.pdf, a, b, x, 1e-3, 100.0))
+
+        return _Clipped(Beta.prepare(parameters, dtype, gradients=gradients), clipped)
 
 
 class _ClippedRelaxedBernoulli(RelaxedBernoulli):
-    """A Relaxed Bernoulli prior that clips the values, as published."""
+    """A Relaxed Bernoulli prior that clips the values."""
 
     @staticmethod
     def prepare(
         parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
     ) -> PreparedCDF:
-        cdf = RelaxedBernoulli.prepare(parameters, dtype, gradients=gradients)
-        return _Clipped(cdf, (1e-3, 1 - 1e-3), (0.0, math.inf))
+        def clipped(cdf: PreparedCDF, x: Tensor) -> CDFDerivatives:
+            inside = x.clamp(1e-3, 1 - 1e-3)
+            at = cdf(inside)
+            return at._replace(pdf=at.pdf.mul_(inside == x))
+
+        return _Clipped(RelaxedBernoulli.prepare(parameters, dtype, gradients=gradients), clipped)
 
 
-_SEED_PRIORS: dict[Prior, Callable[..., ClosedFormPrior]] = {
-    Prior.SYMBETA: lambda a, _: _ClippedBeta(a, 1 - a),
-    Prior.BETA: _ClippedBeta,
-    Prior.RELAXED_BERNOULLI: _ClippedRelaxedBernoulli,
-    Prior.NORMAL: Normal,
+# The prior that is meant, which checks its parameters, and the one that behaves as published.
+_PUBLISHED: dict[Prior, tuple[Callable[..., ClosedFormPrior], Callable[..., ClosedFormPrior]]] = {
+    Prior.SYMBETA: (lambda a, _: SymBeta(a), _ClippedBeta),
+    Prior.BETA: (Beta, _ClippedBeta),
+    Prior.RELAXED_BERNOULLI: (RelaxedBernoulli, _ClippedRelaxedBernoulli),
+    Prior.NORMAL: (Normal, Normal),
 }
 
 
@@ -623,4 +647,5 @@ def gbas_loss(
         for p in (prior_param1, prior_param2)
     ]
     arrays = x_in.reshape(1, -1) if dim is None else x_in.movedim(dim, 0).reshape(x_in.shape[dim], -1)
-    return batch_shaping(arrays, _SEED_PRIORS[prior](*parameters), dim=1, ties=handle_ties)
+    meant, published = _PUBLISHED[prior]
+    return batch_shaping(arrays, published(*meant(*parameters).parameters), dim=1, ties=handle_ties)

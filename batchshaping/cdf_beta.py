@@ -29,6 +29,7 @@ from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, Prepared
 __all__ = [
     "BetaCDF",
     "beta_pdf",
+    "clip_density",
     "betainc",
     "betaincinv",
     "fixed_beta_cdf",
@@ -548,7 +549,7 @@ def _invert(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
             break
     x = torch.where(in_right, 1 - end.exp(), end.exp())
     x = torch.where(p == 0, 0.0, torch.where(p == 1, 1.0, x))
-    return torch.where((p >= 0) & (p <= 1), x, torch.nan)
+    return torch.where((p >= 0) & (p <= 1) & (a > 0) & (b > 0), x, torch.nan)
 
 
 class _BetaIncInv(torch.autograd.Function):
@@ -607,6 +608,12 @@ def betaincinv(a: Tensor | float, b: Tensor | float, p: Tensor | float) -> Tenso
     return result
 
 
+def clip_density(pdf: Tensor, a: Tensor, b: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """The density between two limits, which it exceeds at the ends of a U-shaped Beta."""
+    infinite = (x == 0) & (a < 1) | (x == 1) & (b < 1)
+    return torch.where(infinite, high, pdf.clamp(low, high))
+
+
 class _ClippedBetaCDF:
     """What :func:`get_beta_cdf_factory` makes: the CDF under ``apply``, as on an autograd function."""
 
@@ -619,7 +626,8 @@ class _ClippedBetaCDF:
         a, *rest = parameters or self._parameters or ()
         b = 1 - a if self._symmetric else rest[0]
         a, b, x = _operands(a=a, b=b, x=x)
-        density = _elementwise(a, b, x).pdf.detach().clamp(self._low, self._high)
+        with torch.no_grad():
+            density = clip_density(_elementwise(a, b, x).pdf, a, b, x, self._low, self._high)
         # x less itself is nothing in the forward pass and the clipped density in the backward pass.
         return betainc(a, b, x.detach()) + (x - x.detach()) * density
 

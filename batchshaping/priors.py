@@ -126,25 +126,24 @@ class ClosedFormPrior(td.Distribution):
         tails: tuple[Tensor, Tensor] = _LogTails.apply(value, type(self), *self.parameters)[:2]
         return tails
 
+    def replace(self, **parameters: Tensor | float) -> ClosedFormPrior:
+        """The same prior with some parameters replaced, not checked."""
+        merged: dict[str, Any] = {**self._given, **parameters}
+        return type(self)(**merged, validate_args=False)
+
     def of_arrays(self, shape: torch.Size, arrays: slice) -> ClosedFormPrior:
         """The priors of some of the arrays of a shape, counted in row-major order."""
-        parameters: dict[str, Any] = {
-            name: value.expand(shape).reshape(-1)[arrays]
-            if isinstance(value, Tensor) and value.ndim
-            else value
-            for name, value in self._given.items()
-        }
-        return type(self)(**parameters, validate_args=False)
+        tensors = {n: v for n, v in self._given.items() if isinstance(v, Tensor) and v.ndim}
+        return self.replace(**{n: v.expand(shape).reshape(-1)[arrays] for n, v in tensors.items()})
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        parameters: dict[str, Any] = {n: self.parameter(n).expand(batch_shape) for n in self._given}
-        return type(self)(**parameters, validate_args=False)
+        return self.replace(**{name: self.parameter(name).expand(batch_shape) for name in self._given})
 
     def __repr__(self) -> str:
         shown = (
             f"{name}=tensor{tuple(value.shape)}"
             if isinstance(value, Tensor) and value.ndim
-            else f"{name}={float(value):.6g}"
+            else f"{name}={float(torch.as_tensor(value).detach()):.6g}"
             for name, value in self._given.items()
         )
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -178,8 +177,9 @@ class _LogTails(torch.autograd.Function):
 
 
 def _rounded(dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Parameters without dimensions in the dtype of the values; others as they are."""
-    return tuple(p.to(dtype) if p.ndim == 0 else p for p in parameters)
+    """Parameters in the dtype of the values, or in single precision where theirs is lower."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    return tuple(p.to(dtype) for p in parameters)
 
 
 class Beta(ClosedFormPrior, td.Beta):
@@ -240,6 +240,12 @@ class Beta(ClosedFormPrior, td.Beta):
     def quantile(parameters: tuple[Tensor, ...], p: Tensor) -> Tensor:
         a, b = parameters
         return cdf_beta.betaincinv(a, b, p)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        a, b = self.parameters
+        powers = torch.special.xlogy(a - 1, value) + torch.special.xlog1py(b - 1, -value)
+        density: Tensor = powers - cdf_beta.log_beta(a, b)
+        return density.to(value.dtype)
 
 
 class SymBeta(Beta):

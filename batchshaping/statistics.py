@@ -118,6 +118,8 @@ class Statistic(ABC):
         """The statistic of each array: x of shape (..., N) to (...)."""
         with torch.no_grad():
             samples = Samples(x, count, ties)
+        # A product, so that the gradients of an array with a NaN are NaN too.
+        x = x * (1 + samples.poison.unsqueeze(-1))
         values = x.gather(-1, samples.order.indices)
         if samples.is_sample is not None:
             values = torch.where(samples.is_sample, values, values[..., :1])
@@ -127,7 +129,7 @@ class Statistic(ABC):
         terms = self.terms(values.movedim(-1, 0), positions, on_the_line(prior)).movedim(0, -1)
         if samples.is_sample is not None:
             terms = torch.where(samples.is_sample, terms, 0.0)
-        return terms.sum(dim=-1) / samples.count + samples.poison
+        return terms.sum(dim=-1) / samples.count
 
 
 class Terms(NamedTuple):
@@ -201,7 +203,7 @@ class ClosedFormStatistic(Statistic):
             if needs_x:
                 by_x.scatter_(-1, samples.order.indices[..., tile], terms.by_x)
         loss = total / samples.count + samples.poison
-        factor = samples.poison + 2 / torch.as_tensor(samples.count, device=x.device)
+        factor = samples.poison + 2 / torch.as_tensor(samples.count, dtype=x.dtype, device=x.device)
         return [loss, by_x, factor, *by_parameter]
 
 
@@ -318,8 +320,8 @@ class EppsPulley(ClosedFormStatistic):
         \int_{-T}^{T} \left| \frac{1}{N} \sum_j e^{i t z_j} - e^{-t^2 / 2} \right|^2 e^{-t^2 / 2} \, dt,
         \qquad z_j = \frac{x_j - \mu}{\sigma}
 
-    by the trapezoidal rule on [0, T], both halves being alike. It needs no order, so ``ties`` changes nothing.
-    Times N it is the statistic of SIGReg in LeJEPA.
+    by the trapezoidal rule on [0, T], both halves being alike. It needs no order, so ``ties`` changes
+    nothing. Times N it is the statistic of SIGReg in LeJEPA.
 
     Args:
         limit: T.
@@ -402,7 +404,7 @@ class EppsPulley(ClosedFormStatistic):
             by_z.masked_fill_(left_out, 0.0)
         by_parameter = [-by_z.sum(dim=-1), -(by_z * z).sum(dim=-1)]
         by_x = by_z.mul_(values * (1 - values)) if logits else by_z
-        factor = 2 / torch.as_tensor(n, device=x.device).to(x).squeeze(-1).expand(loss.shape)
+        factor = 2 / torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1).expand(loss.shape)
         nothing = x.new_empty(0)
         return [
             loss,
@@ -416,8 +418,7 @@ class _OnTheLine(Distribution):
     """Any distribution with a ``cdf``, taken on the whole line: 0 left of its support and 1 right of it."""
 
     def __init__(self, prior: Distribution) -> None:
-        self.prior = copy.copy(prior)
-        self.prior._validate_args = False
+        self.prior = _unvalidated(prior)
         super().__init__(prior.batch_shape, validate_args=False)
         self.lower = getattr(prior.support, "lower_bound", -torch.inf)
         self.upper = getattr(prior.support, "upper_bound", torch.inf)
@@ -443,6 +444,16 @@ class _OnTheLine(Distribution):
         """The logarithm of 1 less the CDF, likewise."""
         cdf = self.cdf(value)
         return (1 - cdf).clamp_min(torch.finfo(cdf.dtype).smallest_normal).log()
+
+
+def _unvalidated(prior: Distribution) -> Distribution:
+    """A copy that takes values outside of its support."""
+    prior = copy.copy(prior)
+    prior._validate_args = False
+    base = vars(prior).get("base_dist")
+    if base is not None:
+        vars(prior)["base_dist"] = _unvalidated(base)
+    return prior
 
 
 def on_the_line(prior: Distribution) -> Distribution:

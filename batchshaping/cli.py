@@ -1,0 +1,353 @@
+"""The command line: ``batchshaping fit`` shapes values to a prior, ``batchshaping demo`` a network's gates.
+
+What cannot be done is said in one line on stderr, with exit code 2, and leaves every file as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+from torch import Tensor
+
+import batchshaping as bs
+from batchshaping.priors import ClosedFormPrior
+from batchshaping.values import read_values, write_values
+
+_EXTRA_OF = {"matplotlib": "viz", "PIL": "viz", "rich": "cli", "sklearn": "vision", "typer": "cli"}
+
+
+def _fail(message: object) -> NoReturn:
+    print(f"batchshaping: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def _extras() -> Iterator[None]:
+    """Say what to install where an import of an extra fails."""
+    try:
+        yield
+    except ImportError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRA_OF:
+            raise
+        _fail(f"this needs {module}, please run: pip install 'batchshaping[{_EXTRA_OF[module]}]'")
+
+
+with _extras():
+    import rich.box
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """Run the command line, as the command ``batchshaping`` does."""
+    app(prog_name="batchshaping")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"batchshaping {bs.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _batchshaping(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Shape the distribution of values, such as the gates of a network, to a prior.
+
+    Start with **batchshaping demo**, or see how values take a shape with
+    **batchshaping fit --prior beta --a 2 --b 6**.
+    """
+
+
+_PARAMETERS = "Parameters of the prior"
+_START = "Values to start from"
+_TRAINING = "Training"
+_FILES = "Files"
+
+# The ends of (0, 1) have no finite logit, and near them a sigmoid hardly moves.
+_MARGIN = 1e-4
+
+
+@app.command()
+def fit(
+    prior: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="beta, symbeta, relaxed-bernoulli or normal, each with its parameters below."
+        ),
+    ],
+    a: Annotated[
+        float | None,
+        typer.Option(
+            help="First concentration of beta, positive; mean of symbeta, in (0, 1).",
+            rich_help_panel=_PARAMETERS,
+        ),
+    ] = None,
+    b: Annotated[
+        float | None,
+        typer.Option(help="Second concentration of beta, positive.", rich_help_panel=_PARAMETERS),
+    ] = None,
+    mean: Annotated[
+        float | None,
+        typer.Option(help="Mean of relaxed-bernoulli, in (0, 1).", rich_help_panel=_PARAMETERS),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Temperature of relaxed-bernoulli, positive.", rich_help_panel=_PARAMETERS),
+    ] = None,
+    loc: Annotated[float | None, typer.Option(help="Mean of normal.", rich_help_panel=_PARAMETERS)] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of normal, positive.", rich_help_panel=_PARAMETERS),
+    ] = None,
+    values: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            readable=False,  # what cannot be read is said below
+            help="Values in [0, 1] to shape, of any shape: .npy, .csv (a first row of names is skipped) or "
+            f".pt (one tensor; no code in it is run). Those closer than {_MARGIN:g} to 0 or 1 start at that "
+            "distance. Default: 500 values from random logits.",
+            rich_help_panel=_START,
+        ),
+    ] = None,
+    init: Annotated[
+        float,
+        typer.Option(
+            help="The random logits are uniform in (-INIT, INIT).", metavar="INIT", rich_help_panel=_START
+        ),
+    ] = 4.0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random logits.", metavar="SEED", min=0, rich_help_panel=_START)
+    ] = 42,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="How often the values are moved.", metavar="COUNT", min=1, rich_help_panel=_TRAINING
+        ),
+    ] = 200,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate of Adam on the logits.", rich_help_panel=_TRAINING)
+    ] = 0.1,
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            readable=False,
+            help="Where the files go; made if need be.",
+            rich_help_panel=_FILES,
+        ),
+    ] = Path("outputs/fit"),
+    animation: Annotated[
+        bool,
+        typer.Option("--animation/--no-animation", help="Whether to draw fit.gif.", rich_help_panel=_FILES),
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files of an earlier fit.", rich_help_panel=_FILES)
+    ] = False,
+) -> None:
+    """Shape values between 0 and 1 to a prior.
+
+    The values are the sigmoids of logits, and Adam moves the logits down the gradient of the batch-shaping
+    loss. Written are the shaped values (**values.npy**, in the shape and order they came in), a
+    figure (**fit.png**) and an animation (**fit.gif**).
+
+    Example: **batchshaping fit --prior normal --loc 0.6 --scale 0.1**
+    """
+    target = _prior(prior, a=a, b=b, mean=mean, temperature=temperature, loc=loc, scale=scale)
+    for name, number in (("--learning-rate", learning_rate), ("--init", init)):
+        if not (number > 0 and math.isfinite(number)):
+            _fail(f"{name} must be positive and finite, received {number:g}")
+    with _extras():
+        from batchshaping.fit import fit as shape_values
+        from batchshaping.fit import published_start
+        from batchshaping.viz_utils import animate_fit, plot_fit
+    start = published_start(init, seed=seed) if values is None else _start(values)
+    _prepare(output, ["values.npy", "fit.png", *["fit.gif"] * animation], force)
+
+    with _progress() as bar:
+        task = bar.add_task("shaping")
+
+        def show(step: int, total: int, loss: float) -> None:
+            bar.update(task, completed=step, total=total, description=f"shaping, loss {loss:.2e}")
+
+        shaped = shape_values(
+            start.flatten(), target, steps=steps, learning_rate=learning_rate, progress=show
+        )
+    last = shaped.values[-1].reshape(start.shape)
+    after = bs.batch_shaping(last, target).item()
+    print(f"{start.numel()} values, {target}")
+    print(f"loss {shaped.losses[0]:.2e} before, {after:.2e} after {steps} steps")
+    _write(output / "values.npy", lambda path: write_values(path, last))
+    _write(output / "fit.png", lambda path: plot_fit(shaped).savefig(path, format="png"))
+    if animation:
+        _write(output / "fit.gif", lambda path: animate_fit(shaped, path))
+
+
+@app.command()
+def demo(
+    epochs: Annotated[
+        int,
+        typer.Option(
+            help="How often each run sees every digit.", metavar="COUNT", min=1, rich_help_panel=_TRAINING
+        ),
+    ] = 40,
+    seed: Annotated[
+        int, typer.Option(help="Seed of both runs.", metavar="SEED", min=0, rich_help_panel=_TRAINING)
+    ] = 0,
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            readable=False,
+            help="Where gates.png goes; that of an earlier demo is replaced.",
+            rich_help_panel=_FILES,
+        ),
+    ] = Path("outputs/demo"),
+) -> None:
+    """Train a small gated network on digits, with and without the loss.
+
+    For each of scikit-learn's 8 x 8 pixel digits, gates switch channels of the network on or off. Both runs
+    press gates to be closed. Only one has the batch-shaping loss, which makes them conditional: open for some
+    images, closed for others. Prints what came of it, and draws the gates before and after (**gates.png**).
+    Takes about half a minute, and no connection to a network.
+    """
+    with _extras():
+        from batchshaping.training.demo import Outcome, draw, train
+    _prepare(output, ["gates.png"], force=True)
+
+    outcomes: list[Outcome] = []
+    with _progress() as bar:
+        for shaped in (False, True):
+            task = bar.add_task("with the loss" if shaped else "without the loss", total=epochs)
+
+            def show(done: int, total: int, task: TaskID = task) -> None:
+                bar.update(task, completed=done, total=total)
+
+            outcomes.append(train(shaped=shaped, epochs=epochs, seed=seed, progress=show))
+    images, gates = outcomes[0].after.shape
+    table = Table(
+        box=rich.box.SIMPLE_HEAD,
+        title=f"{gates} gates on {images} test digits, after {epochs} epochs with seed {seed}",
+    )
+    table.add_column()
+    table.add_column("without the loss", justify="right")
+    table.add_column("with the loss", justify="right")
+    table.add_row("test accuracy", *(f"{o.accuracy:.1%}" for o in outcomes))
+    table.add_row("mean share of open gates", *(f"{o.gates.mean_open:.1%}" for o in outcomes))
+    table.add_row("gates always on", *(f"{o.gates.always_on:.1%}" for o in outcomes))
+    table.add_row("gates always off", *(f"{o.gates.always_off:.1%}" for o in outcomes))
+    table.add_row("conditional gates", *(f"{o.gates.conditional:.1%}" for o in outcomes))
+    table.add_row("distance to the prior", *(f"{o.distance:.4f}" for o in outcomes))
+    Console().print(table)
+    figure = draw(*outcomes)
+    _write(output / "gates.png", lambda path: figure.savefig(path, format="png"))
+
+
+# What was asked for
+
+_PRIORS: dict[str, type[ClosedFormPrior]] = {
+    "beta": bs.Beta,
+    "symbeta": bs.SymBeta,
+    "relaxed-bernoulli": bs.RelaxedBernoulli,
+    "normal": bs.Normal,
+}
+
+
+def _prior(name: str, **given: float | None) -> ClosedFormPrior:
+    plain = {known.replace("-", ""): known for known in _PRIORS}
+    known = plain.get(name.lower().replace("-", "").replace("_", ""))
+    if known is None:
+        _fail(f"--prior must be one of {', '.join(_PRIORS)}, received {name!r}")
+    family = _PRIORS[known]
+    received = {parameter: value for parameter, value in given.items() if value is not None}
+    if received.keys() != family.ranges.keys():
+        expected = " and ".join(f"--{parameter}" for parameter in family.ranges)
+        shown = ", ".join(f"--{parameter} {value:g}" for parameter, value in received.items())
+        _fail(f"--prior {known} takes {expected}, received {shown or 'no parameters'}")
+    try:
+        return family(**received)  # type: ignore[arg-type]
+    except ValueError as error:
+        _fail(error)
+
+
+def _start(path: Path) -> Tensor:
+    """The logits of the values in a file, in its shape."""
+    try:
+        values = read_values(path)
+    except OSError as error:
+        _fail(f"{path}: {error.strerror or error}")
+    except ValueError as error:
+        _fail(error)
+    outside = values[~((values >= 0) & (values <= 1))]
+    if len(outside):
+        _fail(
+            f"{path}: expected values between 0 and 1, received {outside[0].item()!r} "
+            f"({len(outside)} of {values.numel()} values are outside)"
+        )
+    return torch.logit(values, eps=_MARGIN)
+
+
+# What comes of it
+
+
+def _prepare(folder: Path, names: list[str], force: bool) -> None:
+    """Make the folder, and see before any work is done that nothing in it would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"{folder}: {error.strerror}, expected a folder to write to")
+    if not os.access(folder, os.W_OK):
+        _fail(f"{folder}: expected a folder that can be written to")
+    present = [name for name in names if (folder / name).exists()]
+    if present and not force:
+        _fail(
+            f"{folder} already holds {', '.join(present)}; --force replaces them, --output writes elsewhere"
+        )
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        _fail(f"{path}: {error.strerror or error}")
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"wrote {path}")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

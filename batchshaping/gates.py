@@ -1,0 +1,271 @@
+r"""Gates that switch parts of a network on and off, example by example, and what shapes and measures them.
+
+A gate reads features and gives a logit, the log-odds of being open. In training it samples its decision from
+the binary concrete distribution; in evaluation it is open iff the logit is positive. After a forward pass,
+:func:`gate_probabilities` reads the probabilities of all gates of a model with their gradient attached, for
+the losses that shape them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ChannelGate",
+    "Gate",
+    "GateStatistics",
+    "binary_concrete",
+    "gate_probabilities",
+    "gate_statistics",
+    "l0_penalty",
+]
+
+
+def binary_concrete(logits: Tensor, temperature: float = 2 / 3, training: bool = True) -> Tensor:
+    r"""Decide 0 or 1 at random by the logits, with the gradient of a relaxed decision.
+
+    .. math::
+        s = \mathrm{sigmoid}\left( \frac{\log \alpha + \log u - \log(1 - u)}{t} \right), \qquad
+        u \sim \mathrm{Uniform}(0, 1)
+
+    Forward gives 1 where s > 1/2, which happens with probability sigmoid(log α), and 0 elsewhere; backward
+    uses the derivative of s (straight-through). Without training there is no noise: 1 iff log α > 0.
+
+    Args:
+        logits: log α, of any shape and floating dtype.
+        temperature: t, positive; the higher, the smoother the gradient. Decisions do not depend on it.
+        training: whether there is noise.
+
+    Returns:
+        Exact zeros and ones in the shape and dtype of the logits; NaN where the logit is.
+
+    Raises:
+        TypeError: if the logits are not floating point.
+        ValueError: if the temperature is not positive.
+
+    References:
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017, https://arxiv.org/abs/1611.00712.
+
+    Example:
+        >>> logits = torch.tensor([-2.0, -0.1, 0.1, 2.0], requires_grad=True)
+        >>> gates = binary_concrete(logits, training=False)
+        >>> gates
+        tensor([0., 0., 1., 1.], grad_fn=<AddBackward0>)
+        >>> gates.sum().backward()
+        >>> logits.grad
+        tensor([0.0678, 0.3729, 0.3729, 0.0678])
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, received {logits.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, received {temperature}")
+    # Half precision cannot tell a uniform number from 0 often enough.
+    noisy = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if training:
+        noisy = noisy + torch.logit(torch.rand_like(noisy), eps=torch.finfo(noisy.dtype).eps)
+    relaxed = torch.sigmoid(noisy / temperature)
+    # The difference is exactly 0, and NaN where it should be.
+    return ((noisy > 0) + (relaxed - relaxed.detach())).to(logits.dtype)
+
+
+class Gate(nn.Module):
+    """A module that decides 0 or 1 for each example and keeps its logits for the losses that shape it.
+
+    A subclass computes logits of shape (N, ...) in its forward pass and gives them to :meth:`decide`.
+
+    Args:
+        temperature: temperature of the :func:`binary_concrete` decision.
+    """
+
+    _logits: Tensor | None
+
+    def __init__(self, temperature: float = 2 / 3) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self._logits = None
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Zeros and ones of the logits' shape: sampled in training, open iff the logit > 0 in evaluation."""
+        self._logits = logits
+        return binary_concrete(logits, self.temperature, self.training)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Probability of being open in the last forward pass, of shape (N, gates), with its gradient.
+
+        Raises:
+            RuntimeError: if there was no forward pass, or if a gate in training made it without a gradient,
+                so that a loss could not reach the gate.
+        """
+        if self._logits is None:
+            raise RuntimeError("the gate has no probabilities before a forward pass")
+        learns = self.training and any(p.requires_grad for p in self.parameters())
+        if learns and torch.is_grad_enabled() and not self._logits.requires_grad:
+            raise RuntimeError(
+                "the gate's last forward pass kept no gradient (torch.no_grad or a re-entrant checkpoint), "
+                "so that no loss can reach it; read its probabilities under torch.no_grad if none should"
+            )
+        return torch.sigmoid(self._logits.flatten(1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get: all but the last logits, since a graph cannot be copied."""
+        return {**self.__dict__, "_logits": None}
+
+
+class ChannelGate(Gate):
+    r"""A gate for each channel of a layer, decided example by example from the mean of each feature map.
+
+    .. math::
+        \log \alpha = W_b \, \mathrm{ReLU}(\mathrm{BN}(W_a \, \mathrm{pool}(x)))
+
+    Args:
+        in_channels: channels of the features x that the gate reads.
+        out_channels: channels that it switches.
+        hidden: width of the MLP.
+
+    Shape:
+        x is (N, in_channels, ...) with any number of dimensions to pool over, or none. The gates are
+        (N, out_channels, 1, ...) with as many, so that they multiply the channels as they are.
+
+    Raises:
+        ValueError: if x has another number of channels.
+
+    References:
+        Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
+        2020, https://arxiv.org/abs/1907.06627.
+
+    Example:
+        >>> gate = ChannelGate(in_channels=8, out_channels=32)
+        >>> x, inner = torch.randn(4, 8, 7, 7), torch.randn(4, 32, 7, 7)
+        >>> (gate(x) * inner).shape, gate.probabilities.shape
+        (torch.Size([4, 32, 7, 7]), torch.Size([4, 32]))
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int = 16) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.to_logits = nn.Sequential(
+            nn.Linear(in_channels, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros and ones of shape (N, out_channels, 1, ...), of x's number of dimensions."""
+        if x.ndim < 2 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have shape (N, {self.in_channels}, ...), received {tuple(x.shape)}")
+        pooled = x.flatten(2).mean(dim=2) if x.ndim > 2 else x
+        gates = self.decide(self.to_logits(pooled))
+        return gates.reshape(*gates.shape, *[1] * (x.ndim - 2))
+
+
+def gate_probabilities(model: nn.Module) -> list[Tensor]:
+    """The probabilities of all gates of a model in its last forward pass, with their gradient attached.
+
+    Args:
+        model: a module that holds :class:`Gate` s, in any depth.
+
+    Returns:
+        One tensor of shape (N, gates) a gate module, in the order of ``model.modules()``.
+
+    Raises:
+        ValueError: if the model has no gates.
+        RuntimeError: if a gate has not run yet, or runs in training but kept no gradient.
+
+    Example:
+        >>> import batchshaping as bs
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32))
+        >>> gates = model(torch.randn(64, 1, 9, 9))
+        >>> loss = sum(bs.batch_shaping(p, bs.Beta(0.6, 0.4), dim=0) for p in gate_probabilities(model))
+        >>> loss.backward()
+    """
+    gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
+    if not gates:
+        raise ValueError(f"model must hold at least one Gate, received a {type(model).__name__} without any")
+    probabilities = []
+    for name, gate in gates.items():
+        try:
+            probabilities.append(gate.probabilities)
+        except RuntimeError as error:
+            raise RuntimeError(f"gate {name or type(gate).__name__!r}: {error}") from None
+    return probabilities
+
+
+def l0_penalty(probabilities: Tensor | Sequence[Tensor]) -> Tensor:
+    r"""The mean probability of being open, over all examples and gates.
+
+    .. math::
+        \frac{1}{N G} \sum_{n=1}^N \sum_{g=1}^G p_{n g}
+
+    Args:
+        probabilities: a tensor (N, gates), or one for each layer as :func:`gate_probabilities` gives them;
+            every gate counts the same, whatever its layer.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: if there are no gates.
+
+    References:
+        Louizos, Welling and Kingma, Learning Sparse Neural Networks through L0 Regularization, ICLR 2018,
+        https://arxiv.org/abs/1712.01312.
+
+    Example:
+        >>> l0_penalty([torch.full((2, 3), 0.5), torch.full((2, 1), 0.9)])
+        tensor(0.6000)
+    """
+    return _all_gates(probabilities).mean()
+
+
+class GateStatistics(NamedTuple):
+    """What gates did over a data set, as shares in [0, 1].
+
+    The first three are shares of the gates and add up to 1.
+    """
+
+    always_on: float
+    always_off: float
+    conditional: float
+    mean_open: float
+
+
+def gate_statistics(decisions: Tensor | Sequence[Tensor]) -> GateStatistics:
+    """How many gates are open for every example, for none, or for some, and how many are open on average.
+
+    Args:
+        decisions: open or closed over a data set, of shape (N, gates), as booleans or as zeros and ones; or
+            one such tensor for each layer, together then.
+
+    Returns:
+        The shares of gates always on, always off and conditional, and the mean share of open gates.
+
+    Raises:
+        ValueError: if there are no examples or no gates, or a decision is neither 0 nor 1.
+
+    Example:
+        >>> gate_statistics(torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1]]))
+        GateStatistics(always_on=0.25, always_off=0.25, conditional=0.5, mean_open=0.5)
+    """
+    decisions = _all_gates(decisions)
+    is_open = decisions.bool()
+    wrong = decisions[(decisions != is_open)]
+    if len(wrong):
+        raise ValueError(f"decisions must be 0 or 1, received {wrong[0].item():.6g}")
+    always_on, always_off = is_open.all(dim=0), ~is_open.any(dim=0)
+    shares = (always_on, always_off, ~(always_on | always_off), is_open)
+    return GateStatistics(*(share.double().mean().item() for share in shares))
+
+
+def _all_gates(layers: Tensor | Sequence[Tensor]) -> Tensor:
+    """Side by side, (N, gates of all layers)."""
+    together = layers if isinstance(layers, Tensor) else torch.cat([*layers], dim=1) if layers else None
+    if together is None or together.numel() == 0:
+        shape = None if together is None else tuple(together.shape)
+        raise ValueError(f"there must be at least one example and one gate, received shape {shape}")
+    return together

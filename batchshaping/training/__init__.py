@@ -1,0 +1,1 @@
+"""Training: schedules, data, and the demonstration on handwritten digits."""

@@ -1,0 +1,168 @@
+"""What the tests compare with: SciPy, mpmath and loops, and nothing of this package but its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+from torch import Tensor
+from torch.distributions import Distribution
+
+import batchshaping as bs
+
+DIGITS = 50
+
+
+def regularized_beta(a: Any, b: Any, x: Any) -> mpmath.mpf:
+    """I_x(a, b), good to 40 digits of 1, by a series whose terms are all positive.
+
+    The half of the interval is chosen so that its terms fall at least like 2^-n in the end.
+    """
+    with mpmath.workdps(DIGITS):
+        a, b, x = mpmath.mpf(a), mpmath.mpf(b), mpmath.mpf(x)
+        if x > 0.5:
+            return 1 - regularized_beta(b, a, 1 - x)
+        if x == 0:
+            return mpmath.mpf(0)
+        term, total, n = mpmath.mpf(1), mpmath.mpf(1), 0
+        while n < a + b or term > total * mpmath.mpf(10) ** -DIGITS:
+            term *= (a + b + n) / (a + 1 + n) * x
+            total += term
+            n += 1
+        log_beta = mpmath.loggamma(a) + mpmath.loggamma(b) - mpmath.loggamma(a + b)
+        return total * mpmath.exp(a * mpmath.log(x) + b * mpmath.log1p(-x) - log_beta) / a
+
+
+def regularized_beta_slopes(a: float, b: float, x: float) -> tuple[mpmath.mpf, mpmath.mpf]:
+    """The derivatives of I_x(a, b) in a and b, by central differences at 50 digits, good to 20."""
+    with mpmath.workdps(DIGITS):
+        a, b = mpmath.mpf(a), mpmath.mpf(b)
+        h, k = a * mpmath.mpf(10) ** -15, b * mpmath.mpf(10) ** -15
+        return (
+            (regularized_beta(a + h, b, x) - regularized_beta(a - h, b, x)) / (2 * h),
+            (regularized_beta(a, b + k, x) - regularized_beta(a, b - k, x)) / (2 * k),
+        )
+
+
+class Family(NamedTuple):
+    """A family of priors: how it is made here, and SciPy's or the closed form of its CDF and quantiles."""
+
+    prior: Callable[..., Distribution]
+    names: tuple[str, ...]
+    cdf: Callable[..., np.ndarray]
+    icdf: Callable[..., np.ndarray]
+    moments: Callable[..., tuple[float, float]] | None
+    examples: tuple[tuple[float, ...], ...]
+
+
+FAMILIES = {
+    "Beta": Family(
+        bs.Beta,
+        ("a", "b"),
+        lambda x, a, b: special.betainc(a, b, np.clip(x, 0, 1)),
+        lambda p, a, b: special.betaincinv(a, b, p),
+        lambda a, b: stats.beta.stats(a, b),
+        ((2.0, 6.0), (0.6, 0.4), (1.0, 1.0), (30.0, 70.0), (0.05, 3.0)),
+    ),
+    "SymBeta": Family(
+        bs.SymBeta,
+        ("a",),
+        lambda x, a: special.betainc(a, 1 - a, np.clip(x, 0, 1)),
+        lambda p, a: special.betaincinv(a, 1 - a, p),
+        lambda a: stats.beta.stats(a, 1 - a),
+        ((0.6,), (0.9,), (0.2,)),
+    ),
+    "RelaxedBernoulli": Family(
+        bs.RelaxedBernoulli,
+        ("mean", "temperature"),
+        lambda x, mean, t: special.expit(t * special.logit(np.clip(x, 0, 1)) - special.logit(mean)),
+        lambda p, mean, t: special.expit((special.logit(p) + special.logit(mean)) / t),
+        None,
+        ((0.2, 0.25), (0.8, 0.4), (0.5, 1.0), (0.3, 5.0)),
+    ),
+    "Normal": Family(
+        bs.Normal,
+        ("loc", "scale"),
+        lambda x, loc, scale: stats.norm.cdf(x, loc, scale),
+        lambda p, loc, scale: stats.norm.ppf(p, loc, scale),
+        lambda loc, scale: stats.norm.stats(loc, scale),
+        ((0.6, 0.1), (-3.0, 20.0), (0.0, 1.0)),
+    ),
+}
+
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+each_prior = pytest.mark.parametrize(
+    ("family", "parameters"),
+    [
+        pytest.param(family, parameters, id=f"{name}{parameters}")
+        for name, family in FAMILIES.items()
+        for parameters in family.examples
+    ],
+)
+
+
+def scipy(function: Callable[..., np.ndarray], *operands: Tensor | float) -> Tensor:
+    """A function of SciPy on tensors, in double precision."""
+    arrays = (t.detach().double().numpy() if isinstance(t, Tensor) else t for t in operands)
+    return torch.as_tensor(function(*arrays))
+
+
+def arrays_of(x: Tensor, dim: int | tuple[int, ...] | None) -> tuple[Tensor, tuple[int, ...]]:
+    """The arrays as rows of a matrix of shape (arrays, samples), and the shape that ``dim`` leaves."""
+    dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    samples = sorted(d % x.ndim for d in dims) if x.ndim else []
+    kept = [d for d in range(x.ndim) if d not in samples]
+    shape = tuple(x.shape[d] for d in kept)
+    return x.permute((*kept, *samples)).reshape(int(np.prod(shape, dtype=int)), -1), shape
+
+
+def brute_force(
+    x: Tensor,
+    cdf: Callable[..., np.ndarray],
+    parameters: tuple[float | Tensor, ...],
+    dim: int | tuple[int, ...] | None = None,
+    mask: Tensor | None = None,
+    ties: bool = False,
+) -> np.ndarray:
+    """The loss of every array, array by array: select, sort, rank and average in NumPy and SciPy."""
+    rows, shape = arrays_of(x.detach().double(), dim)
+    kept = (
+        torch.ones_like(rows, dtype=torch.bool) if mask is None else arrays_of(mask.expand(x.shape), dim)[0]
+    )
+    by_array = [
+        np.broadcast_to(np.asarray(p.detach() if isinstance(p, Tensor) else p, float), shape).reshape(-1)
+        for p in parameters
+    ]
+    losses = np.empty(len(rows))
+    for k, (row, keep) in enumerate(zip(rows.numpy(), kept.numpy(), strict=True)):
+        values = np.sort(row[keep])
+        rank = stats.rankdata(values, method="max" if ties else "ordinal")
+        target = cdf(values, *(p[k] for p in by_array))
+        losses[k] = np.mean((target - rank / (len(values) + 1)) ** 2)
+    return losses.reshape(shape)
+
+
+def learned(parameters: tuple[float, ...], shape: tuple[int, ...] = (), spread: float = 0.0) -> list[Tensor]:
+    """Parameters in double precision that require grad, each spread a little around its value."""
+    return [
+        (p * (1 + spread * (2 * torch.rand(shape, dtype=torch.float64) - 1))).requires_grad_()
+        for p in parameters
+    ]
+
+
+def inside(
+    family: Family, parameters: tuple[float, ...], shape: tuple[int, ...], upper: float = 0.95
+) -> Tensor:
+    """Distinct values of probability 0.05 to ``upper`` under the prior, in random order.
+
+    Evenly spaced probabilities, jittered by less than their distance, so that no small step joins two.
+    """
+    n = int(np.prod(shape, dtype=int))
+    jitter = 0.3 * (torch.rand(n, dtype=torch.float64) - 0.5)
+    p = 0.05 + (upper - 0.05) * (torch.randperm(n) + 0.5 + jitter) / n
+    return torch.as_tensor(family.icdf(p.numpy(), *parameters)).reshape(shape)

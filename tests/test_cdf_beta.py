@@ -1,0 +1,546 @@
+"""The regularized incomplete beta function against mpmath, SciPy and its own laws."""
+
+from __future__ import annotations
+
+import itertools
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import regularized_beta, regularized_beta_slopes, scipy
+from scipy import special, stats
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import batchshaping as bs
+
+concentrations = st.floats(-2, 3).map(lambda exponent: 10.0**exponent)
+probabilities = st.floats(0, 1)
+F64 = torch.float64
+
+
+def tensor(*values: float, dtype: torch.dtype = F64) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def points(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """a and b log-uniform in [0.01, 1000]; x a quantile, far in either tail, or anywhere in (0, 1)."""
+    rng = np.random.default_rng(seed)
+    a, b = 10 ** rng.uniform(-2, 3, (2, n))
+    far = 10 ** rng.uniform(-300, 0, n)
+    choices = [
+        special.betaincinv(a, b, rng.uniform(size=n)),
+        special.betaincinv(a, b, far),
+        1 - special.betaincinv(b, a, far),
+        special.expit(rng.uniform(-40, 40, n)),
+    ]
+    x = np.choose(rng.integers(len(choices), size=n), choices)
+    return a, b, np.clip(np.nan_to_num(x), 0, 1)
+
+
+def inner_points(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points where the function is neither 0 nor 1 nor changing within a few floats."""
+    rng = np.random.default_rng(seed)
+    a, b = 10 ** rng.uniform(-1, 2.5, (2, n))
+    x = special.betaincinv(a, b, rng.uniform(0.02, 0.98, n))
+    return a, b, np.clip(x, 1e-3, 1 - 1e-3)
+
+
+# The oracle
+
+
+def test_the_oracle_agrees_with_mpmath_and_with_quadrature() -> None:
+    a, b, x = inner_points(10, seed=1)
+    for p, q, y in zip(*(v.tolist() for v in (np.clip(a, 1, 20), np.clip(b, 1, 20), x)), strict=True):
+        with mpmath.workdps(30):
+            by_mpmath = mpmath.betainc(p, q, 0, y, regularized=True)
+            mass = mpmath.quad(lambda t, p=p, q=q: t ** (p - 1) * (1 - t) ** (q - 1), [0, y / 2, y])
+            expected = regularized_beta(p, q, y)
+            assert abs(by_mpmath - expected) < 1e-25
+            assert abs(mass / mpmath.beta(p, q) - expected) < 1e-5
+
+
+# Accuracy
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-7)])
+def test_it_equals_mpmath_from_tail_to_tail(dtype: torch.dtype, tolerance: float) -> None:
+    a, b, x = (torch.as_tensor(v).to(dtype) for v in points(200, seed=2))
+    # A point at the end of the interval says nothing; float32 rounds some there.
+    result = bs.betainc(a, b, x)
+    assert result.dtype == dtype
+    for p, q, y, value in zip(*(t.tolist() for t in (a, b, x, result)), strict=True):
+        assert abs(value - regularized_beta(p, q, y)) < tolerance, (p, q, y)
+
+
+def test_it_equals_mpmath_at_the_corners_of_its_range() -> None:
+    extremes = (0.01, 0.5, 1.0, 2.0, 1000.0)
+    for a, b in itertools.product(extremes, extremes):
+        mean = a / (a + b)
+        for x in (1e-300, 1e-10, mean / 2, mean, (a + 1) / (a + b + 2), (1 + mean) / 2, 1 - 1e-10):
+            assert abs(bs.betainc(a, b, tensor(x)).item() - regularized_beta(a, b, x)) < 1e-12, (a, b, x)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-7)])
+def test_it_equals_scipy_on_a_broad_sweep(dtype: torch.dtype, tolerance: float) -> None:
+    a, b, x = (torch.as_tensor(v).to(dtype) for v in points(20_000, seed=3))
+    expected = scipy(special.betainc, a, b, x)
+    error = (bs.betainc(a, b, x).double() - expected).abs()
+    worst = int(error.argmax())
+    assert error[worst] < tolerance, (a[worst].item(), b[worst].item(), x[worst].item())
+
+
+@pytest.mark.parametrize("parameters", [(0.6, 0.4), (2.0, 6.0), (30.0, 70.0), (0.01, 0.01), (1000.0, 1000.0)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-7)])
+def test_one_parameter_pair_serves_many_values(
+    parameters: tuple[float, float], dtype: torch.dtype, tolerance: float
+) -> None:
+    x = torch.linspace(0, 1, 20_001, dtype=dtype)
+    a, b = (torch.tensor(p, dtype=dtype) for p in parameters)
+    expected = scipy(special.betainc, a, b, x)
+    torch.testing.assert_close(bs.betainc(a, b, x).double(), expected, rtol=0, atol=tolerance)
+
+
+@given(a=concentrations, b=concentrations, single=st.booleans())
+def test_any_one_parameter_pair_serves_many_values(a: float, b: float, single: bool) -> None:
+    dtype, tolerance = (torch.float32, 5e-7) if single else (torch.float64, 1e-12)
+    mean, width = a / (a + b), (a * b / (a + b + 1)) ** 0.5 / (a + b)
+    x = torch.cat(
+        [torch.linspace(0, 1, 501, dtype=F64), mean + width * torch.linspace(-8, 8, 501, dtype=F64)]
+    )
+    x = x.clamp(0, 1).to(dtype)
+    result = bs.betainc(a, b, x).double()
+    torch.testing.assert_close(result, scipy(special.betainc, a, b, x), rtol=0, atol=tolerance)
+
+
+def test_the_left_tail_is_relatively_exact() -> None:
+    a, b, x = 2.0, 6.0, tensor(1e-150, 1e-60, 1e-10, 1e-3)
+    expected = tensor(*(float(regularized_beta(a, b, y)) for y in x.tolist()))
+    torch.testing.assert_close(bs.betainc(a, b, x), expected, rtol=1e-12, atol=0)
+
+
+# Derivatives
+
+
+def test_the_derivatives_in_a_and_b_equal_mpmath() -> None:
+    a, b, x = (torch.as_tensor(v) for v in points(70, seed=4))
+    interior = (x > 0) & (x < 1)
+    a, b, x = (t[interior].requires_grad_(t is not x) for t in (a, b, x))
+    by_a, by_b = torch.autograd.grad(bs.betainc(a, b, x).sum(), (a, b))
+    for p, q, y, d_a, d_b in zip(*(t.tolist() for t in (a, b, x, by_a, by_b)), strict=True):
+        expected_a, expected_b = regularized_beta_slopes(p, q, y)
+        assert abs(d_a - expected_a) < 1e-8, (p, q, y)
+        assert abs(d_b - expected_b) < 1e-8, (p, q, y)
+
+
+def test_the_derivatives_in_single_precision_follow_those_in_double() -> None:
+    singles = [torch.as_tensor(v).float() for v in inner_points(500, seed=5)]
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        operands = [t.detach().to(dtype).requires_grad_() for t in singles]
+        gradients.append(torch.autograd.grad(bs.betainc(*operands).sum(), operands))
+    for single, double in zip(*gradients, strict=True):
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), double, rtol=2e-4, atol=2e-5)
+
+
+def test_the_derivative_in_x_is_the_density() -> None:
+    a, b, x = (torch.as_tensor(v) for v in inner_points(1000, seed=6))
+    x.requires_grad_()
+    (density,) = torch.autograd.grad(bs.betainc(a, b, x).sum(), x)
+    expected = torch.as_tensor(stats.beta.pdf(x.detach(), a, b))
+    torch.testing.assert_close(density, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((), (), ()),
+        ((3,), (3,), (3,)),
+        ((3, 1), (4,), ()),
+        ((), (3, 1), (2, 1, 4)),
+        ((2, 1, 1), (3, 1), (4,)),
+    ],
+    ids=str,
+)
+def test_gradcheck_in_all_three_with_broadcasting(shapes: tuple[tuple[int, ...], ...]) -> None:
+    a, b = (0.3 + 3 * torch.rand(shape, dtype=F64) for shape in shapes[:2])
+    x = 0.1 + 0.8 * torch.rand(shapes[2], dtype=F64)
+    assert gradcheck(bs.betainc, [t.requires_grad_() for t in (a, b, x)])
+
+
+@pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=3))[1:], ids=str)
+def test_gradcheck_whichever_of_the_three_is_needed(needed: tuple[bool, bool, bool]) -> None:
+    operands = [tensor(0.6, 2.0, 30.0), tensor(0.4, 6.0, 70.0), tensor(0.3, 0.2, 0.31)]
+    assert gradcheck(bs.betainc, [t.requires_grad_(n) for t, n in zip(operands, needed, strict=True)])
+
+
+def test_gradgradcheck_in_x() -> None:
+    a, b, x = tensor(0.6, 2.0, 30.0), tensor(0.4, 6.0, 70.0), tensor(0.3, 0.2, 0.31).requires_grad_()
+    assert gradgradcheck(lambda y: bs.betainc(a, b, y), [x])
+    assert gradgradcheck(lambda y: bs.betainc(2.0, 6.0, y), [x])
+
+
+def test_second_derivatives_through_the_density_are_closed_forms() -> None:
+    a, b, x = (t.requires_grad_() for t in (tensor(0.6, 2.0), tensor(0.4, 6.0), tensor(0.3, 0.2)))
+    (density,) = torch.autograd.grad(bs.betainc(a, b, x).sum(), x, create_graph=True)
+    by_a, by_b, by_x = torch.autograd.grad(density.sum(), (a, b, x))
+    p, q, y = (t.detach().numpy() for t in (a, b, x))
+    f = stats.beta.pdf(y, p, q)
+    digamma = special.digamma
+    expected = {
+        "a": (by_a, f * (np.log(y) - digamma(p) + digamma(p + q))),
+        "b": (by_b, f * (np.log1p(-y) - digamma(q) + digamma(p + q))),
+        "x": (by_x, f * ((p - 1) / y - (q - 1) / (1 - y))),
+    }
+    for name, (gradient, closed_form) in expected.items():
+        torch.testing.assert_close(
+            gradient, torch.as_tensor(closed_form), rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("parameter", [0, 1], ids=["a", "b"])
+def test_a_second_derivative_in_a_parameter_is_refused(parameter: int) -> None:
+    operands = [t.requires_grad_() for t in (tensor(2.0), tensor(6.0), tensor(0.3))]
+    (first,) = torch.autograd.grad(bs.betainc(*operands).sum(), operands[parameter], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"once in a and b.*second derivative"):
+        torch.autograd.grad(first.sum(), operands[parameter])
+
+
+# torch.func
+
+
+def loop(in_dims: tuple[int | None, ...], operands: list[Tensor]) -> list[list[Tensor]]:
+    size = next(t.shape[d] for t, d in zip(operands, in_dims, strict=True) if d is not None)
+    return [
+        [t if d is None else t.select(d, k) for t, d in zip(operands, in_dims, strict=True)]
+        for k in range(size)
+    ]
+
+
+@pytest.mark.parametrize("in_dims", list(itertools.product((None, 0, 1), repeat=3))[1:], ids=str)
+@pytest.mark.parametrize("function", [bs.betainc, bs.betaincinv])
+def test_vmap_equals_a_loop(function, in_dims: tuple[int | None, ...]) -> None:
+    shapes = [{None: (4,), 0: (3, 4), 1: (4, 3)}[d] for d in in_dims]
+    operands = [0.3 + 3 * torch.rand(shape, dtype=F64) for shape in shapes[:2]]
+    operands.append(0.1 + 0.8 * torch.rand(shapes[2], dtype=F64))
+    expected = torch.stack([function(*each) for each in loop(in_dims, operands)])
+    torch.testing.assert_close(torch.func.vmap(function, in_dims)(*operands), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, 0), (0, 0, None), (None, 1, 2), (0, None, 2)], ids=str)
+def test_vmap_over_operands_of_unequal_rank_equals_a_loop(in_dims: tuple[int | None, ...]) -> None:
+    a = 0.3 + torch.rand(() if in_dims[0] is None else (3,), dtype=F64)
+    b = 0.3 + torch.rand((4,) if in_dims[1] is None else (3, 4) if in_dims[1] == 0 else (4, 3), dtype=F64)
+    x = torch.rand({None: (2, 4), 0: (3, 2, 4), 2: (2, 4, 3)}[in_dims[2]], dtype=F64)
+    expected = torch.stack([bs.betainc(*each) for each in loop(in_dims, [a, b, x])])
+    torch.testing.assert_close(torch.func.vmap(bs.betainc, in_dims)(a, b, x), expected, rtol=1e-13, atol=0)
+
+
+def test_nested_vmap_equals_broadcasting() -> None:
+    a, x = 0.3 + torch.rand(3, dtype=F64), torch.rand(4, dtype=F64)
+    outer = torch.func.vmap(torch.func.vmap(bs.betainc, (None, None, 0)), (0, None, None))
+    torch.testing.assert_close(outer(a, tensor(0.4)[0], x), bs.betainc(a[:, None], 0.4, x))
+
+
+def test_func_grad_and_vmap_of_it_equal_the_closed_forms() -> None:
+    a, b, x = (torch.as_tensor(v) for v in inner_points(20, seed=7))
+    gradient = torch.func.grad(bs.betainc, argnums=(0, 1, 2))
+    by_loop = [
+        torch.stack(g) for g in zip(*(gradient(*each) for each in zip(a, b, x, strict=True)), strict=True)
+    ]
+    by_vmap = torch.func.vmap(gradient)(a, b, x)
+    slopes = [regularized_beta_slopes(*each) for each in zip(*(t.tolist() for t in (a, b, x)), strict=True)]
+    closed = [tensor(*(float(s[k]) for s in slopes)) for k in (0, 1)]
+    closed.append(torch.as_tensor(stats.beta.pdf(x, a, b)))
+    for looped, mapped, expected in zip(by_loop, by_vmap, closed, strict=True):
+        torch.testing.assert_close(looped, expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(mapped, looped, rtol=1e-12, atol=1e-14)
+
+
+def test_func_grad_over_vmap_and_twice_in_x_equal_the_closed_forms() -> None:
+    x = torch.linspace(0.1, 0.9, 9, dtype=F64)
+    total = torch.func.grad(lambda y: torch.func.vmap(lambda z: bs.betainc(2.0, 6.0, z))(y).sum())
+    density = torch.as_tensor(stats.beta.pdf(x, 2, 6))
+    torch.testing.assert_close(total(x), density)
+    twice = torch.func.vmap(torch.func.grad(torch.func.grad(lambda y: bs.betainc(2.0, 6.0, y))))
+    torch.testing.assert_close(twice(x), density * (1 / x - 5 / (1 - x)))
+
+
+# Laws
+
+
+@given(a=concentrations, b=concentrations, x=probabilities)
+def test_it_is_symmetric_under_exchange_of_the_ends(a: float, b: float, x: float) -> None:
+    y = 1 - x
+    x = 1 - y  # now exactly
+    total = bs.betainc(a, b, tensor(x)) + bs.betainc(b, a, tensor(y))
+    torch.testing.assert_close(total, tensor(1.0), rtol=0, atol=1e-12)
+
+
+@given(a=concentrations, b=concentrations, x=st.lists(probabilities, min_size=2, max_size=20))
+def test_it_increases_from_0_to_1(a: float, b: float, x: list[float]) -> None:
+    cdf = bs.betainc(a, b, tensor(0.0, *sorted(x), 1.0))
+    assert cdf[0] == 0
+    assert cdf[-1] == 1
+    assert bool((cdf >= 0).all())
+    assert bool((cdf <= 1).all())
+    assert bool((cdf.diff() >= -1e-12).all())
+
+
+@given(a=concentrations, b=concentrations)
+def test_it_increases_from_0_to_1_in_single_precision(a: float, b: float) -> None:
+    cdf = bs.betainc(a, b, torch.linspace(0, 1, 101))
+    assert bool((cdf >= 0).all())
+    assert bool((cdf <= 1).all())
+    assert bool((cdf.diff() >= -5e-7).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("parameters", [(0.6, 0.4), (1.0, 1.0), (2.0, 6.0), (300.0, 0.01)])
+def test_outside_the_support_it_is_0_or_1_with_gradients_of_0(
+    parameters: tuple[float, float], dtype: torch.dtype
+) -> None:
+    inf = torch.inf
+    x = torch.tensor([-inf, -1e30, -1.0, -1e-30, 1.0 + 1e-6, 2.0, 1e30, inf], dtype=dtype).requires_grad_()
+    a, b = (torch.full_like(x, p).requires_grad_() for p in parameters)
+    cdf = bs.betainc(a, b, x)
+    assert cdf.tolist() == [0.0] * 4 + [1.0] * 4
+    for gradient in torch.autograd.grad(cdf.sum(), (a, b, x)):
+        assert gradient.tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_at_and_near_the_ends_it_is_exact_and_its_gradients_are_finite(dtype: torch.dtype) -> None:
+    info, tolerance = torch.finfo(dtype), {torch.float64: 1e-12, torch.float32: 5e-7}[dtype]
+    subnormal = info.smallest_normal * info.eps
+    x = torch.tensor([0.0, -0.0, subnormal, info.tiny, info.eps, 1 - info.eps, 1.0], dtype=dtype)
+    for p, q in itertools.product((0.01, 0.4, 1.0, 6.0, 1000.0), repeat=2):
+        a, b, y = (t.clone().requires_grad_() for t in (torch.full_like(x, p), torch.full_like(x, q), x))
+        cdf = bs.betainc(a, b, y)
+        assert cdf[:2].tolist() == [0.0, 0.0]
+        assert cdf[-1] == 1
+        for k in range(len(x)):
+            expected = regularized_beta(a[k].item(), b[k].item(), x[k].item())
+            assert abs(cdf[k].item() - expected) < tolerance, (p, q, x[k])
+        by_a, by_b, by_x = torch.autograd.grad(cdf.sum(), (a, b, y))
+        assert bool(by_a.isfinite().all()), (p, q)
+        assert bool(by_b.isfinite().all()), (p, q)
+        # The density next to 0 can be larger than any float.
+        assert bool(by_x[[0, 1, 4, 5, 6]].isfinite().all()), (p, q)
+        assert bool((by_x >= 0).all()), (p, q)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2], ids=["a", "b", "x"])
+def test_nan_gives_nan_and_touches_no_neighbour(position: int) -> None:
+    operands = [tensor(0.6, 0.6), tensor(0.4, 0.4), tensor(0.3, 0.3)]
+    operands[position][0] = torch.nan
+    operands = [t.requires_grad_() for t in operands]
+    cdf = bs.betainc(*operands)
+    assert cdf.isnan().tolist() == [True, False]
+    for gradient in torch.autograd.grad(cdf.sum(), operands):
+        assert gradient.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.5, -1.0, -2.0, torch.nan])
+@pytest.mark.parametrize("x", [-1.0, 0.0, 0.3, 1.0, 2.0])
+def test_parameters_that_are_not_positive_give_nan(wrong: float, x: float) -> None:
+    assert bool(bs.betainc(wrong, 0.4, tensor(x)).isnan().all())
+    assert bool(bs.betainc(0.6, wrong, tensor(x)).isnan().all())
+
+
+def test_many_parameters_equal_a_loop_over_them() -> None:
+    n = 2**14 + 3
+    a, b = (10 ** (torch.rand(n, dtype=F64) * 3 - 1.5) for _ in range(2))
+    x = torch.rand(2, n, dtype=F64)
+    operands = [t.requires_grad_() for t in (a, b, x)]
+    cdf = bs.betainc(*operands)
+    gradients = torch.autograd.grad(cdf.sum(), operands)
+    expected = scipy(special.betainc, a, b, x)
+    torch.testing.assert_close(cdf.detach(), expected, rtol=0, atol=1e-12)
+    for start in range(0, n, 1000):
+        part = [t.detach()[..., start : start + 1000].requires_grad_() for t in operands]
+        for whole, of_part in zip(gradients, torch.autograd.grad(bs.betainc(*part).sum(), part), strict=True):
+            torch.testing.assert_close(whole[..., start : start + 1000], of_part, rtol=1e-10, atol=1e-12)
+
+
+def test_strides_do_not_matter() -> None:
+    a, b, x = (0.2 + torch.rand(6, 10, dtype=F64) for _ in range(3))
+    x = x / 2
+    strided = [t.T[::2, 1::2].requires_grad_() for t in (a, b, x)]
+    dense = [t.detach().contiguous().requires_grad_() for t in strided]
+    assert not strided[0].is_contiguous()
+    torch.testing.assert_close(bs.betainc(*strided), bs.betainc(*dense))
+    for one, other in zip(
+        torch.autograd.grad(bs.betainc(*strided).sum(), strided),
+        torch.autograd.grad(bs.betainc(*dense).sum(), dense),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_operands_are_left_as_they_were() -> None:
+    operands = [tensor(0.6, 2.0), tensor(0.4, 6.0), tensor(-1.0, 0.3)]
+    before = [t.clone() for t in operands]
+    for t in operands:
+        t.requires_grad_()
+    bs.betainc(*operands).sum().backward()
+    bs.betaincinv(*operands[:2], operands[2].abs().detach())
+    for t, original in zip(operands, before, strict=True):
+        assert torch.equal(t.detach(), original)
+
+
+@pytest.mark.parametrize("shapes", [((0,), (), ()), ((), (), (0, 3)), ((3, 0), (1,), (3, 1))], ids=str)
+@pytest.mark.parametrize("function", [bs.betainc, bs.betaincinv])
+def test_empty_in_empty_out(function, shapes: tuple[tuple[int, ...], ...]) -> None:
+    operands = [torch.full(shape, 0.5, requires_grad=True) for shape in shapes]
+    result = function(*operands)
+    assert result.shape == torch.broadcast_shapes(*shapes)
+    for t, gradient in zip(operands, torch.autograd.grad(result.sum(), operands), strict=True):
+        assert gradient.shape == t.shape
+        assert not gradient.any()
+
+
+# Types
+
+
+@pytest.mark.parametrize("function", [bs.betainc, bs.betaincinv])
+def test_the_result_has_the_widest_dtype_of_the_operands_with_dimensions(function) -> None:
+    single, double = torch.full((2,), 0.5), torch.full((2,), 0.5, dtype=F64)
+    scalar = torch.tensor(0.5, dtype=F64)
+    assert function(0.6, 0.4, single).dtype == torch.float32
+    assert function(0.6, 0.4, double).dtype == torch.float64
+    assert function(single, single, double).dtype == torch.float64
+    assert function(double, 0.4, single).dtype == torch.float64
+    assert function(scalar, scalar, single).dtype == torch.float32
+    assert function(0.6, 0.4, scalar).dtype == torch.float64
+    assert function(0.6, 0.4, 0.5).dtype == torch.get_default_dtype()
+    assert function(single, 0.4, 0.5).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", [bs.betainc, bs.betaincinv])
+def test_half_precision_rounds_the_result_and_nothing_else(function, dtype: torch.dtype) -> None:
+    x = torch.linspace(0.01, 0.99, 50).to(dtype)
+    a = torch.linspace(0.5, 3, 50).to(dtype)
+    result = function(a, 0.4, x)
+    assert result.dtype == dtype
+    assert torch.equal(result, function(a.double(), 0.4, x.double()).to(dtype))
+
+
+def test_numbers_are_used_in_double_precision() -> None:
+    x = tensor(0.1, 0.5, 0.9)
+    torch.testing.assert_close(
+        bs.betainc(0.6, 0.4, x), scipy(special.betainc, 0.6, 0.4, x), rtol=1e-14, atol=0
+    )
+
+
+def test_gradients_come_in_the_dtype_of_their_operand() -> None:
+    operands = [torch.tensor([0.6]), tensor(0.4), torch.tensor([0.3])]
+    operands = [t.requires_grad_() for t in operands]
+    gradients = torch.autograd.grad(bs.betainc(*operands).sum(), operands)
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float64, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("function", [bs.betainc, bs.betaincinv])
+def test_integers_are_refused_by_dtype(function, position: int, dtype: torch.dtype) -> None:
+    operands: list[Tensor | float] = [0.6, 0.4, 0.5]
+    operands[position] = torch.ones(3, dtype=dtype)
+    with pytest.raises(TypeError, match=f"floating point.*{dtype}"):
+        function(*operands)
+
+
+@pytest.mark.parametrize("function", [bs.betainc, bs.betaincinv])
+def test_shapes_that_do_not_broadcast_are_named(function) -> None:
+    with pytest.raises(ValueError, match=r"broadcast.*a \(2,\), b \(\), \w \(3,\)"):
+        function(torch.ones(2), 0.4, torch.ones(3))
+
+
+# The inverse
+
+
+def test_the_inverse_maps_to_the_float_whose_probability_is_asked_for() -> None:
+    rng = np.random.default_rng(8)
+    a, b = 10 ** rng.uniform(-2, 3, (2, 2000))
+    p = np.concatenate([rng.uniform(size=1000), 10 ** rng.uniform(-280, 0, 1000)])
+    x = bs.betaincinv(*(torch.as_tensor(v) for v in (a, b, p))).numpy()
+    # A step of four floats on either side must enclose the probability.
+    step = 4 * np.spacing(np.maximum(x, np.finfo(float).tiny))
+    below = special.betainc(a, b, np.maximum(x - step, 0))
+    above = special.betainc(a, b, np.minimum(x + step, 1))
+    slack = 1e-12 * np.minimum(p, 1)
+    worst = np.argmax(np.maximum(below - p - slack, p - slack - above))
+    assert np.all(below - slack <= p), (a[worst], b[worst], p[worst], x[worst])
+    assert np.all(p <= above + slack), (a[worst], b[worst], p[worst], x[worst])
+
+
+def test_the_inverse_equals_scipy() -> None:
+    a, b, x = inner_points(2000, seed=9)
+    p = special.betainc(a, b, x)
+    result = bs.betaincinv(*(torch.as_tensor(v) for v in (a, b, p)))
+    torch.testing.assert_close(result, torch.as_tensor(special.betaincinv(a, b, p)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(result, torch.as_tensor(x), rtol=1e-9, atol=1e-12)
+
+
+def test_the_inverse_in_single_precision_is_that_in_double_rounded() -> None:
+    a, b, x = inner_points(500, seed=10)
+    a, b, p = (torch.as_tensor(v).float() for v in (a, b, special.betainc(a, b, x)))
+    expected = scipy(special.betaincinv, a, b, p)
+    torch.testing.assert_close(bs.betaincinv(a, b, p).double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("a", "b"), [(2.0, 6.0), (6.0, 2.0), (30.0, 70.0), (1.0, 0.4), (0.05, 3.0)])
+def test_the_inverse_undoes_mpmath_far_in_the_left_tail(a: float, b: float) -> None:
+    x = [1e-3, 1e-6, 10 ** (-30 / a), 10 ** (-250 / a) if a > 1 else 1e-250]
+    p = tensor(*(float(regularized_beta(a, b, y)) for y in x))
+    torch.testing.assert_close(bs.betaincinv(a, b, p), tensor(*x), rtol=1e-11, atol=0)
+
+
+@given(a=concentrations, b=concentrations, p=st.lists(probabilities, min_size=2, max_size=20))
+def test_the_inverse_increases_from_0_to_1(a: float, b: float, p: list[float]) -> None:
+    x = bs.betaincinv(a, b, tensor(0.0, *sorted(p), 1.0))
+    assert x[0] == 0
+    assert x[-1] == 1
+    assert bool((x >= 0).all())
+    assert bool((x <= 1).all())
+    assert bool((x.diff() >= -1e-12).all())
+
+
+@pytest.mark.parametrize("p", [-1e-9, 1 + 1e-9, -torch.inf, torch.inf, torch.nan])
+def test_the_inverse_of_what_is_no_probability_is_nan(p: float) -> None:
+    assert bs.betaincinv(0.6, 0.4, tensor(p, 0.5)).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.5, torch.nan])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_the_inverse_with_parameters_that_are_not_positive_is_nan(wrong: float, p: float) -> None:
+    assert bool(bs.betaincinv(wrong, 0.4, tensor(p)).isnan().all())
+    assert bool(bs.betaincinv(0.6, wrong, tensor(p)).isnan().all())
+
+
+@pytest.mark.parametrize("shapes", [((3,), (3,), (3,)), ((3, 1), (1,), (4,))], ids=str)
+def test_gradcheck_of_the_inverse_in_all_three(shapes: tuple[tuple[int, ...], ...]) -> None:
+    a, b = (0.5 + 3 * torch.rand(shape, dtype=F64) for shape in shapes[:2])
+    p = 0.2 + 0.6 * torch.rand(shapes[2], dtype=F64)
+    assert gradcheck(bs.betaincinv, [t.requires_grad_() for t in (a, b, p)])
+
+
+def test_the_slope_of_the_inverse_is_one_over_the_density() -> None:
+    a, b, x = inner_points(200, seed=11)
+    p = torch.as_tensor(special.betainc(a, b, x)).requires_grad_()
+    (slope,) = torch.autograd.grad(bs.betaincinv(torch.as_tensor(a), torch.as_tensor(b), p).sum(), p)
+    torch.testing.assert_close(slope, 1 / torch.as_tensor(stats.beta.pdf(x, a, b)), rtol=1e-8, atol=1e-12)
+
+
+def test_func_grad_and_vmap_of_the_inverse_equal_autograd() -> None:
+    operands = [tensor(0.6, 2.0), tensor(0.4, 6.0), tensor(0.3, 0.7)]
+    mapped = torch.func.vmap(torch.func.grad(bs.betaincinv, argnums=(0, 1, 2)))(*operands)
+    operands = [t.requires_grad_() for t in operands]
+    expected = torch.autograd.grad(bs.betaincinv(*operands).sum(), operands)
+    for one, other in zip(mapped, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,74 @@
+"""The demonstration: what it measures, and that it repeats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import batchshaping as bs
+from batchshaping.training.demo import PRIOR, Outcome, digits, draw, train
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> tuple[Outcome, Outcome]:
+    return train(shaped=False, epochs=4), train(shaped=True, epochs=4)
+
+
+def test_the_digits_are_split_without_overlap_by_the_seed() -> None:
+    training, test = digits(seed=0)
+    assert training.images.shape == (1347, 1, 8, 8) and test.images.shape == (450, 1, 8, 8)
+    assert training.images.min() == 0 and training.images.max() == 1
+    both = torch.cat([training.images, test.images]).flatten(1)
+    assert len(both.unique(dim=0)) == 1797
+    assert torch.equal(digits(seed=0)[1].images, test.images)
+    assert not torch.equal(digits(seed=1)[1].images, test.images)
+
+
+def test_both_runs_start_alike_and_the_network_learns(outcomes: tuple[Outcome, Outcome]) -> None:
+    without, shaped = outcomes
+    assert torch.equal(without.before, shaped.before)
+    assert min(without.accuracy, shaped.accuracy) > 0.5
+
+
+def test_the_measures_are_those_of_the_gates_after_training(outcomes: tuple[Outcome, Outcome]) -> None:
+    for outcome in outcomes:
+        assert outcome.gates.mean_open == pytest.approx((outcome.after > 0.5).double().mean().item())
+        each = [bs.batch_shaping(p, PRIOR).item() for p in outcome.after.T]
+        assert outcome.distance == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+def test_the_loss_brings_the_gates_nearer_to_the_prior(outcomes: tuple[Outcome, Outcome]) -> None:
+    without, shaped = outcomes
+    assert shaped.distance < without.distance
+
+
+def test_the_seed_decides_everything_and_the_callers_random_numbers_go_on() -> None:
+    torch.manual_seed(5)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = train(shaped=True, epochs=1, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    torch.manual_seed(6)
+    again = train(shaped=True, epochs=1, seed=3)
+    assert torch.equal(first.after, again.after)
+    assert first[:3] == again[:3]
+    assert not torch.equal(first.before, train(shaped=True, epochs=1, seed=4).before)
+
+
+def test_progress_is_told_after_each_epoch() -> None:
+    told: list[tuple[int, int]] = []
+    train(shaped=False, epochs=2, progress=lambda *both: told.append(both))
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_no_epochs_are_refused() -> None:
+    with pytest.raises(ValueError, match="epochs must be at least 1, received 0"):
+        train(shaped=True, epochs=0)
+
+
+def test_the_figure_is_labelled(outcomes: tuple[Outcome, Outcome]) -> None:
+    figure = draw(*outcomes)
+    assert isinstance(figure, Figure)
+    for ax in figure.axes:
+        assert ax.get_xlabel() and ax.get_ylabel()
