@@ -10,6 +10,7 @@ Example:
 from batchshaping.batch_shaping_loss import BatchShapingLoss, GeneralizedBatchShapingLoss, batch_shaping
 from batchshaping.cdf_beta import betainc, betaincinv
 from batchshaping.priors import Beta, Normal, RelaxedBernoulli, SymBeta
+from batchshaping.sliced import SlicedBatchShapingLoss
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "GeneralizedBatchShapingLoss",
     "Normal",
     "RelaxedBernoulli",
+    "SlicedBatchShapingLoss",
     "SymBeta",
     "batch_shaping",
     "betainc",

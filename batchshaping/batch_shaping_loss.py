@@ -26,6 +26,7 @@ from batchshaping.cdf_beta import clip_density
 from batchshaping.checks import known_to_hold
 from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 from batchshaping.distributed import Collect, Columns, Deal, Group, resolve_group
+from batchshaping.memory import Memory
 from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli, SymBeta
 from batchshaping.statistics import STATISTICS, ClosedFormStatistic, Statistic
 
@@ -42,6 +43,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _compiled_loss_and_gradients(
     x: Tensor,
     count: Tensor | None,
+    current: Tensor | None,
     parameters: Sequence[Tensor],
     statistic: str,
     prior: str,
@@ -53,13 +55,14 @@ def _compiled_loss_and_gradients(
     """A statistic and its gradients as one opaque operation, for torch.compile."""
     method = ClosedFormStatistic.by_name[statistic]().loss_and_gradients
     family = ClosedFormPrior.by_name[prior]
-    return method(x, count, parameters, family, ties, logits, needs_x, needs_parameters)
+    return method(x, count, current, parameters, family, ties, logits, needs_x, needs_parameters)
 
 
 @_compiled_loss_and_gradients.register_fake
 def _(
     x: Tensor,
     count: Tensor | None,
+    current: Tensor | None,
     parameters: Sequence[Tensor],
     statistic: str,
     prior: str,
@@ -83,6 +86,7 @@ class _ClosedFormLoss(torch.autograd.Function):
     def forward(
         x: Tensor,
         count: Tensor | None,
+        current: Tensor | None,
         statistic: ClosedFormStatistic,
         prior: type[ClosedFormPrior],
         flags: tuple[bool, bool, bool, bool],
@@ -90,24 +94,27 @@ class _ClosedFormLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
             names = statistic.name, prior.name
-            return tuple(_compiled_loss_and_gradients(x, count, parameters, *names, *flags))
-        return tuple(statistic.loss_and_gradients(x, count, parameters, prior, *flags))
+            return tuple(_compiled_loss_and_gradients(x, count, current, parameters, *names, *flags))
+        return tuple(statistic.loss_and_gradients(x, count, current, parameters, prior, *flags))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
         # The gradients stay differentiable outputs: deriving one of them leads to backward, which refuses.
+        # A compiler derives all of them while tracing, and refuses second derivatives itself.
         ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
-        ctx.parameter_shapes = [(p.shape, p.dtype) for p in inputs[5:]]
+        ctx.parameter_shapes = [(p.shape, p.dtype) for p in inputs[6:]]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *others: Tensor | None) -> Any:
-        if any(other is not None for other in others):
+        if not torch.compiler.is_compiling() and any(other is not None for other in others):
             raise NotImplementedError("the batch-shaping loss is differentiable once, not twice")
         if gradient is None:
-            return (None,) * (5 + len(ctx.parameter_shapes))
+            return (None,) * (6 + len(ctx.parameter_shapes))
         by_x, factor, *by_parameter = ctx.saved_tensors
-        needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         scaled = gradient * factor
         gradient_x = scaled.unsqueeze(-1) * by_x if needs_x else None
         gradient_parameters = [
@@ -116,11 +123,11 @@ class _ClosedFormLoss(torch.autograd.Function):
                 by_parameter, ctx.parameter_shapes, needs_parameters, strict=True
             )
         ]
-        return gradient_x, None, None, None, None, *gradient_parameters
+        return gradient_x, None, None, None, None, None, *gradient_parameters
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, count: Tensor | None, *rest: Any) -> Any:
-        statistic, prior, flags, *parameters = rest
+        current, statistic, prior, flags, *parameters = rest
         size, arrays = info.batch_size, x.ndim - 1 - (in_dims[0] is not None)
 
         def to_front(tensor: Tensor, dim: int | None, ndim: int) -> Tensor:
@@ -132,20 +139,26 @@ class _ClosedFormLoss(torch.autograd.Function):
 
         x = x.expand(size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         count = count if count is None else to_front(count, in_dims[1], arrays)
-        parameters = [to_front(p, d, arrays) for p, d in zip(parameters, in_dims[5:], strict=True)]
-        outputs = _ClosedFormLoss.apply(x, count, statistic, prior, flags, *parameters)
+        parameters = [to_front(p, d, arrays) for p, d in zip(parameters, in_dims[6:], strict=True)]
+        outputs = _ClosedFormLoss.apply(x, count, current, statistic, prior, flags, *parameters)
         return outputs, tuple(0 for _ in outputs)
 
 
 def _loss(
-    statistic: Statistic, prior: Distribution, x: Tensor, count: Tensor | None, ties: bool, logits: bool
+    statistic: Statistic,
+    prior: Distribution,
+    x: Tensor,
+    count: Tensor | None,
+    current: Tensor | None,
+    ties: bool,
+    logits: bool,
 ) -> Tensor:
     """The loss of each array, in closed form where there is one."""
     if not isinstance(statistic, ClosedFormStatistic) or not isinstance(prior, ClosedFormPrior):
         if logits:
             # What is masked stays infinite.
             x = torch.where(x == torch.inf, x, torch.sigmoid(x)) if count is not None else torch.sigmoid(x)
-        return statistic.loss(x, count, ties, prior)
+        return statistic.loss(x, count, current, ties, prior)
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
     # A tensor that vmap maps does not tell whether a transform outside of vmap differentiates in it.
@@ -153,7 +166,10 @@ def _loss(
     needs_x = graph and (unknown or x.requires_grad)
     needs_parameters = graph and (unknown or any(p.requires_grad for p in parameters))
     flags = (ties, logits, needs_x, needs_parameters)
-    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(x, count, statistic, type(prior), flags, *parameters)
+    family = type(prior)
+    outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(
+        x, count, current, statistic, family, flags, *parameters
+    )
     return outputs[0]
 
 
@@ -216,6 +232,22 @@ def batch_shaping(
         >>> batch_shaping(gates, Beta(0.6, 0.4), dim=0, reduction="none")
         tensor([0.0103, 0.0271])
     """
+    return _batch_shaping(x, prior, dim, statistic, mask, ties, logits, reduction, group, None)
+
+
+def _batch_shaping(
+    x: Tensor,
+    prior: Distribution,
+    dim: int | Sequence[int] | None,
+    statistic: str | Statistic,
+    mask: Tensor | None,
+    ties: bool,
+    logits: bool,
+    reduction: str,
+    group: Group,
+    memory: Memory | None,
+) -> Tensor:
+    """:func:`batch_shaping` with a memory of past batches."""
     _check_prior(prior)
     chosen = _statistic(statistic)
     reduce = _reduction(reduction)
@@ -230,11 +262,18 @@ def batch_shaping(
         mask = _samples_last(_like(x, mask), dims)
         count = mask.sum(dim=-1)
         arrays = arrays.masked_fill(~mask, torch.inf)
+    samples, current = arrays.shape[-1], None
+    if memory is not None:
+        arrays, count = memory.join(arrays, count)
+        current = torch.arange(arrays.shape[-1], device=x.device) < samples
     process_group = resolve_group(group)
     columns = None
     if process_group is not None:
         arrays = arrays.reshape(shape.numel(), arrays.shape[-1])
-        columns = Columns(arrays.shape[0], arrays.shape[1], mask is not None, process_group, x.device)
+        columns = Columns(
+            arrays.shape[0], arrays.shape[1], samples, count is not None, process_group, x.device
+        )
+        current = columns.current if memory is not None else None
         if columns.masked:
             local = arrays.new_full(arrays.shape[:1], arrays.shape[1], dtype=torch.int64)
             count = columns.total(local if count is None else count.flatten())
@@ -247,7 +286,7 @@ def batch_shaping(
             f"mask leaves an array without samples along dim={dim} of x with shape {tuple(x.shape)}"
         )
     working = arrays.float() if arrays.dtype in (torch.float16, torch.bfloat16) else arrays
-    loss = _loss(chosen, prior, working, count, ties, logits)
+    loss = _loss(chosen, prior, working, count, current, ties, logits)
     if columns is not None:
         loss = Collect.apply(loss, columns).reshape(shape)
     return reduce(loss).to(x.dtype)
@@ -355,6 +394,9 @@ class BatchShapingLoss(nn.Module):
         logits: whether the values are logits.
         reduction: "mean", "sum" or "none".
         group: process group over which the batch extends, or "world".
+        history: how many past batches to remember, for batches too small to tell how their values are
+            distributed: the current samples are ranked among the remembered ones, and the loss is the mean
+            over the current. The memory is filled in training only, and kept in ``state_dict()``.
 
     Raises:
         ValueError: if the prior is not a distribution with a CDF, or the reduction is unknown.
@@ -375,11 +417,15 @@ class BatchShapingLoss(nn.Module):
         logits: bool = False,
         reduction: str = "mean",
         group: Group = None,
+        history: int = 0,
     ) -> None:
         super().__init__()
         _check_prior(prior)
         _statistic(statistic)
         _reduction(reduction)
+        if history < 0:
+            raise ValueError(f"history must be a number of batches, received {history}")
+        self.memory = Memory(history) if history else None
         self.dim, self.statistic = dim, statistic
         self.ties, self.logits, self.reduction, self.group = ties, logits, reduction, group
         self._prior = prior
@@ -397,16 +443,17 @@ class BatchShapingLoss(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of x, over the values where the mask is True."""
-        return batch_shaping(
+        return _batch_shaping(
             x,
             self.prior,
             self.dim,
-            statistic=self.statistic,
-            mask=mask,
-            ties=self.ties,
-            logits=self.logits,
-            reduction=self.reduction,
-            group=self.group,
+            self.statistic,
+            mask,
+            self.ties,
+            self.logits,
+            self.reduction,
+            self.group,
+            self.memory,
         )
 
     def extra_repr(self) -> str:

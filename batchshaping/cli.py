@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 import batchshaping as bs
 from batchshaping.priors import ClosedFormPrior
+from batchshaping.statistics import STATISTICS
 from batchshaping.values import read_values, write_values
 
 _EXTRA_OF = {"matplotlib": "viz", "PIL": "viz", "rich": "cli", "sklearn": "vision", "typer": "cli"}
@@ -144,6 +147,15 @@ def fit(
     seed: Annotated[
         int, typer.Option(help="Seed of the random logits.", metavar="SEED", min=0, rich_help_panel=_START)
     ] = 42,
+    statistic: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What is minimized: anderson-darling; cramer-von-mises, which is the loss as published and "
+            "stalls where values lie outside of the prior's mass; wasserstein; or, for normal, epps-pulley.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = "anderson-darling",
     steps: Annotated[
         int,
         typer.Option(
@@ -172,12 +184,14 @@ def fit(
 ) -> None:
     """Shape values between 0 and 1 to a prior.
 
-    The values are the sigmoids of logits, and Adam moves the logits down the gradient of the batch-shaping
-    loss. Written are the shaped values (**values.npy**, in the shape and order they came in), a
-    figure (**fit.png**) and an animation (**fit.gif**).
+    The values are the sigmoids of logits, which Adam moves until the values have the distribution of the
+    prior. The batch-shaping loss, before and after, tells how far from it they are. Written are the shaped
+    values (**values.npy**, in the shape and order they came in), a figure (**fit.png**) and an animation
+    (**fit.gif**).
 
     Example: **batchshaping fit --prior normal --loc 0.6 --scale 0.1**
     """
+    chosen = _known("--statistic", statistic, STATISTICS)
     target = _prior(prior, a=a, b=b, mean=mean, temperature=temperature, loc=loc, scale=scale)
     for name, number in (("--learning-rate", learning_rate), ("--init", init)):
         if not (number > 0 and math.isfinite(number)):
@@ -187,21 +201,31 @@ def fit(
         from batchshaping.fit import published_start
         from batchshaping.viz_utils import animate_fit, plot_fit
     start = published_start(init, seed=seed) if values is None else _start(values)
+    loss = partial(bs.batch_shaping, prior=target, statistic=chosen)
+    try:
+        loss(torch.sigmoid(start))
+    except ValueError as error:
+        _fail(error)
     _prepare(output, ["values.npy", "fit.png", *["fit.gif"] * animation], force)
 
     with _progress() as bar:
         task = bar.add_task("shaping")
 
-        def show(step: int, total: int, loss: float) -> None:
-            bar.update(task, completed=step, total=total, description=f"shaping, loss {loss:.2e}")
+        def show(step: int, total: int, _: float) -> None:
+            bar.update(task, completed=step, total=total)
 
         shaped = shape_values(
-            start.flatten(), target, steps=steps, learning_rate=learning_rate, progress=show
+            start.flatten(),
+            target,
+            steps=steps,
+            learning_rate=learning_rate,
+            loss=loss,
+            progress=show,
         )
     last = shaped.values[-1].reshape(start.shape)
-    after = bs.batch_shaping(last, target).item()
+    before, after = (bs.batch_shaping(x, target).item() for x in (shaped.values[0], last))
     print(f"{start.numel()} values, {target}")
-    print(f"loss {shaped.losses[0]:.2e} before, {after:.2e} after {steps} steps")
+    print(f"batch-shaping loss {before:.2e} before, {after:.2e} after {steps} steps")
     _write(output / "values.npy", lambda path: write_values(path, last))
     _write(output / "fit.png", lambda path: plot_fit(shaped).savefig(path, format="png"))
     if animation:
@@ -278,11 +302,17 @@ _PRIORS: dict[str, type[ClosedFormPrior]] = {
 }
 
 
-def _prior(name: str, **given: float | None) -> ClosedFormPrior:
-    plain = {known.replace("-", ""): known for known in _PRIORS}
-    known = plain.get(name.lower().replace("-", "").replace("_", ""))
+def _known(option: str, name: str, names: Iterable[str]) -> str:
+    """The name that is meant, whatever its case and with or without what joins its words."""
+    plain = {re.sub("[-_ ]", "", known).lower(): known for known in names}
+    known = plain.get(re.sub("[-_ ]", "", name).lower())
     if known is None:
-        _fail(f"--prior must be one of {', '.join(_PRIORS)}, received {name!r}")
+        _fail(f"{option} must be one of {', '.join(plain.values()).replace('_', '-')}, received {name!r}")
+    return known
+
+
+def _prior(name: str, **given: float | None) -> ClosedFormPrior:
+    known = _known("--prior", name, _PRIORS)
     family = _PRIORS[known]
     received = {parameter: value for parameter, value in given.items() if value is not None}
     if received.keys() != family.ranges.keys():

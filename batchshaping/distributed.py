@@ -42,6 +42,8 @@ class Columns:
     Args:
         arrays: number of arrays, the same on all ranks.
         samples: number of samples that this rank has of each.
+        current: how many of these, the first ones, are of the current batch; ``current`` then tells which of
+            all ranks' samples are.
         masked: whether this rank leaves some of them out; ``masked`` then tells whether any rank does.
         group: the process group.
         device: device of the values.
@@ -52,15 +54,25 @@ class Columns:
     """
 
     def __init__(
-        self, arrays: int, samples: int, masked: bool, group: dist.ProcessGroup, device: torch.device
+        self,
+        arrays: int,
+        samples: int,
+        current: int,
+        masked: bool,
+        group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
         self.group = group
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        own = torch.tensor([arrays, samples, masked], device=device)
+        own = torch.tensor([arrays, samples, current, masked], device=device)
         shapes = [torch.empty_like(own) for _ in range(self.world)]
         self._call(lambda: dist.all_gather(shapes, own, group=group))
-        counts, self.samples, anywhere = (list(c) for c in zip(*(s.tolist() for s in shapes), strict=True))
+        counts, self.samples, now, anywhere = (
+            list(column) for column in zip(*(s.tolist() for s in shapes), strict=True)
+        )
         self.masked = any(anywhere)
+        places = [torch.arange(n, device=device) < c for n, c in zip(self.samples, now, strict=True)]
+        self.current = torch.cat(places)
         if len(set(counts)) > 1:
             raise ValueError(f"all ranks must have the same number of arrays, received {counts}")
         bounds = [arrays * r // self.world for r in range(self.world + 1)]

@@ -53,30 +53,37 @@ class Samples:
         x: values of shape (..., N).
         count: number of samples of each array, of shape (...), if not N; the other values of x are infinite.
         ties: whether equal values share the largest of their ranks.
+        current: which of the N places hold samples whose terms count, if not all; the others only help to
+            rank them.
 
     Attributes:
         values: the samples in order, behind them the first one again in place of what is no sample.
         positions: the plotting positions, of shape (N,), or (..., N) with a count or ties.
-        is_sample: which values are samples; None if all are.
+        counts: which of the values in order contribute a term; None if all do.
+        number: how many terms there are to an array.
         poison: NaN for an array with a NaN and 0 otherwise, of shape (...).
     """
 
-    def __init__(self, x: Tensor, count: Tensor | None, ties: bool) -> None:
+    def __init__(self, x: Tensor, count: Tensor | None, ties: bool, current: Tensor | None = None) -> None:
         self.order = order_statistics(x)
         self.values = values = self.order.values
         n = values.shape[-1]
         # A NaN is sorted last, behind what is no sample.
         self.poison = torch.where(values[..., -1].isnan(), torch.nan, 0.0).to(x.dtype)
-        self.is_sample: Tensor | None = None
-        self.count: Tensor | int = n
+        self.counts: Tensor | None = None
+        self.number: Tensor | int = n
         if count is None:
             self.positions = ranks(values, n, ties) / (n + 1)
         else:
-            self.count, column = count, count.unsqueeze(-1)
-            self.is_sample = torch.arange(n, device=x.device) < column
+            self.number, column = count, count.unsqueeze(-1)
+            self.counts = is_sample = torch.arange(n, device=x.device) < column
             # Behind the samples stand positions that are valid, since what is computed there is left out.
             self.positions = ranks(values, column, ties).clamp_max(column) / (column + 1)
-            self.values = torch.where(self.is_sample, values, values[..., :1])
+            self.values = torch.where(is_sample, values, values[..., :1])
+        if current is not None:
+            is_current = current[self.order.indices]
+            self.counts = is_current if self.counts is None else self.counts & is_current
+            self.number = self.counts.sum(dim=-1)
 
     def tiles(self) -> Iterator[slice]:
         """Parts of the last dimension, one after the other."""
@@ -114,22 +121,29 @@ class Statistic(ABC):
             A tensor of the values' shape.
         """
 
-    def loss(self, x: Tensor, count: Tensor | None, ties: bool, prior: Distribution) -> Tensor:
-        """The statistic of each array: x of shape (..., N) to (...)."""
+    def loss(
+        self,
+        x: Tensor,
+        count: Tensor | None,
+        current: Tensor | None,
+        ties: bool,
+        prior: Distribution,
+    ) -> Tensor:
+        """The statistic of each array: x of shape (..., N) to (...); see :class:`Samples`."""
         with torch.no_grad():
-            samples = Samples(x, count, ties)
+            samples = Samples(x, count, ties, current)
         # A product, so that the gradients of an array with a NaN are NaN too.
         x = x * (1 + samples.poison.unsqueeze(-1))
         values = x.gather(-1, samples.order.indices)
-        if samples.is_sample is not None:
-            values = torch.where(samples.is_sample, values, values[..., :1])
+        if samples.counts is not None:
+            values = torch.where(samples.counts, values, samples.values)
         # Distributions broadcast from the right, so here the samples come first.
         positions = samples.positions.movedim(-1, 0)
         positions = positions.reshape(-1, *[1] * (values.ndim - 1)) if positions.ndim == 1 else positions
         terms = self.terms(values.movedim(-1, 0), positions, on_the_line(prior)).movedim(0, -1)
-        if samples.is_sample is not None:
-            terms = torch.where(samples.is_sample, terms, 0.0)
-        return terms.sum(dim=-1) / samples.count
+        if samples.counts is not None:
+            terms = torch.where(samples.counts, terms, 0.0)
+        return terms.sum(dim=-1) / samples.number
 
 
 class Terms(NamedTuple):
@@ -174,6 +188,7 @@ class ClosedFormStatistic(Statistic):
         self,
         x: Tensor,
         count: Tensor | None,
+        current: Tensor | None,
         parameters: Sequence[Tensor],
         prior: type[ClosedFormPrior],
         ties: bool,
@@ -187,7 +202,7 @@ class ClosedFormStatistic(Statistic):
         the factor that all gradients of an array have yet to be multiplied by, of shape (...); and the
         gradients in the parameters, of shape (...) each or empty where not needed.
         """
-        samples = Samples(x, count, ties)
+        samples = Samples(x, count, ties, current)
         by_array = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
         terms_of = self.closed_form(prior, by_array, samples, logits, needs_parameters)
         total = x.new_zeros(x.shape[:-1])
@@ -195,21 +210,21 @@ class ClosedFormStatistic(Statistic):
         by_x = x.new_empty(x.shape if needs_x else 0)
         for tile in samples.tiles():
             terms = terms_of(tile)
-            if samples.is_sample is not None:
-                terms = Terms(*_only(samples.is_sample[..., tile], terms))
+            if samples.counts is not None:
+                terms = Terms(*_only(samples.counts[..., tile], terms))
             total += terms.value.sum(dim=-1)
             for accumulated, derivative in zip(by_parameter, terms.by_parameter, strict=False):
                 accumulated += derivative.sum(dim=-1)
             if needs_x:
                 by_x.scatter_(-1, samples.order.indices[..., tile], terms.by_x)
-        loss = total / samples.count + samples.poison
-        factor = samples.poison + 2 / torch.as_tensor(samples.count, dtype=x.dtype, device=x.device)
+        loss = total / samples.number + samples.poison
+        factor = samples.poison + 2 / torch.as_tensor(samples.number, dtype=x.dtype, device=x.device)
         return [loss, by_x, factor, *by_parameter]
 
 
-def _only(is_sample: Tensor, terms: Terms) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _only(counts: Tensor, terms: Terms) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     value, by_x, by_parameter = terms
-    return value * is_sample, by_x * is_sample, tuple(by * is_sample for by in by_parameter)
+    return value * counts, by_x * counts, tuple(by * counts for by in by_parameter)
 
 
 class CramerVonMises(ClosedFormStatistic):
@@ -321,7 +336,8 @@ class EppsPulley(ClosedFormStatistic):
         \qquad z_j = \frac{x_j - \mu}{\sigma}
 
     by the trapezoidal rule on [0, T], both halves being alike. It needs no order, so ``ties`` changes
-    nothing. Times N it is the statistic of SIGReg in LeJEPA.
+    nothing, and what joins the samples from a memory counts as they do. Times N it is the statistic of SIGReg
+    in LeJEPA.
 
     Args:
         limit: T.
@@ -345,7 +361,14 @@ class EppsPulley(ClosedFormStatistic):
     def closed_form(self, *_: Any) -> Callable[[slice], Terms]:
         raise NotImplementedError("the characteristic function is not a mean of terms of single samples")
 
-    def loss(self, x: Tensor, count: Tensor | None, ties: bool, prior: Distribution) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        count: Tensor | None,
+        current: Tensor | None,
+        ties: bool,
+        prior: Distribution,
+    ) -> Tensor:
         if not isinstance(prior, torch.distributions.Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior}")
         # What is masked is infinite.
@@ -366,6 +389,7 @@ class EppsPulley(ClosedFormStatistic):
         self,
         x: Tensor,
         count: Tensor | None,
+        current: Tensor | None,
         parameters: Sequence[Tensor],
         prior: type[ClosedFormPrior],
         ties: bool,
