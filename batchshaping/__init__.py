@@ -9,6 +9,14 @@ Example:
 
 from batchshaping.batch_shaping_loss import BatchShapingLoss, GeneralizedBatchShapingLoss, batch_shaping
 from batchshaping.cdf_beta import betainc, betaincinv
+from batchshaping.gates import (
+    ChannelGate,
+    Gate,
+    binary_concrete,
+    gate_probabilities,
+    gate_statistics,
+    l0_penalty,
+)
 from batchshaping.priors import Beta, Normal, RelaxedBernoulli, SymBeta
 from batchshaping.sliced import SlicedBatchShapingLoss
 
@@ -17,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchShapingLoss",
     "Beta",
+    "ChannelGate",
+    "Gate",
     "GeneralizedBatchShapingLoss",
     "Normal",
     "RelaxedBernoulli",
@@ -25,4 +35,8 @@ __all__ = [
     "batch_shaping",
     "betainc",
     "betaincinv",
+    "binary_concrete",
+    "gate_probabilities",
+    "gate_statistics",
+    "l0_penalty",
 ]

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -91,6 +92,8 @@ _START = "Values to start from"
 _TRAINING = "Training"
 _FILES = "Files"
 
+_LARGEST_SEED = 2**32 - 1
+
 # The ends of (0, 1) have no finite logit, and near them a sigmoid hardly moves.
 _MARGIN = 1e-4
 
@@ -145,7 +148,14 @@ def fit(
         ),
     ] = 4.0,
     seed: Annotated[
-        int, typer.Option(help="Seed of the random logits.", metavar="SEED", min=0, rich_help_panel=_START)
+        int,
+        typer.Option(
+            help="Seed of the random logits.",
+            metavar="SEED",
+            min=0,
+            max=_LARGEST_SEED,
+            rich_help_panel=_START,
+        ),
     ] = 42,
     statistic: Annotated[
         str,
@@ -222,10 +232,12 @@ def fit(
             loss=loss,
             progress=show,
         )
+    # One measure of all statistics, in print and in the figure.
+    distances = bs.batch_shaping(shaped.values, target, dim=1, reduction="none")
+    shaped = replace(shaped, losses=distances[:-1])
     last = shaped.values[-1].reshape(start.shape)
-    before, after = (bs.batch_shaping(x, target).item() for x in (shaped.values[0], last))
     print(f"{start.numel()} values, {target}")
-    print(f"batch-shaping loss {before:.2e} before, {after:.2e} after {steps} steps")
+    print(f"batch-shaping loss {distances[0]:.2e} before, {distances[-1]:.2e} after {steps} steps")
     _write(output / "values.npy", lambda path: write_values(path, last))
     _write(output / "fit.png", lambda path: plot_fit(shaped).savefig(path, format="png"))
     if animation:
@@ -241,7 +253,10 @@ def demo(
         ),
     ] = 40,
     seed: Annotated[
-        int, typer.Option(help="Seed of both runs.", metavar="SEED", min=0, rich_help_panel=_TRAINING)
+        int,
+        typer.Option(
+            help="Seed of both runs.", metavar="SEED", min=0, max=_LARGEST_SEED, rich_help_panel=_TRAINING
+        ),
     ] = 0,
     output: Annotated[
         Path,

@@ -43,7 +43,7 @@ __all__ = [
 
 # Values evaluated at a time: few enough that the intermediate results stay in a core's cache, and that memory
 # is bounded however many there are. Other devices take all at once.
-_TILE = 2**16
+_TILE = 2**17
 
 
 class Samples:
