@@ -289,7 +289,8 @@ class AndersonDarling(ClosedFormStatistic):
             def mean(lower: Tensor, upper: Tensor) -> Tensor:
                 return torch.lerp(upper, lower, p.expand(upper.shape)).neg_()
 
-            value = mean(at.log_cdf, at.log_sf).sub_(entropy[..., tile]).mul_(2)
+            # No term is negative but by rounding.
+            value = mean(at.log_cdf, at.log_sf).sub_(entropy[..., tile]).clamp_min_(0.0).mul_(2)
             by_parameter = tuple(mean(*pair) for pair in at.parameters)
             return Terms(value, mean(at.cdf_by_x, at.sf_by_x), by_parameter)
 

@@ -1,7 +1,7 @@
 """This package beside its peers, all in one run: `make bench`.
 
-Every comparison alternates between its candidates and takes medians, since machines are noisy; what counts are
-the ratios. Peers that are not installed are left out and named. A benchmark is no test: nothing fails on time.
+Every comparison alternates between its candidates and takes medians, since machines are noisy; what counts
+are the ratios. Peers that are not installed are left out and named. A benchmark is no test: nothing fails on time.
 """
 
 from __future__ import annotations

@@ -49,6 +49,41 @@ def regularized_beta_slopes(a: float, b: float, x: float) -> tuple[mpmath.mpf, m
         )
 
 
+def log_tails(name: str, parameters: tuple[float, ...], x: Any, complement: Any = None) -> tuple[Any, Any]:
+    """Log CDF and log survival function, each good to 40 digits of itself, however far in its tail x is.
+
+    ``complement`` is 1 - x where x is too close to 1 to tell. The smaller of the two is computed, and the
+    other follows from it.
+    """
+    with mpmath.workdps(DIGITS):
+        given, x = [mpmath.mpf(p) for p in parameters], mpmath.mpf(x)
+        complement = 1 - x if complement is None else mpmath.mpf(complement)
+        if name == "Normal":
+            z = (x - given[0]) / given[1]
+            small, is_lower = mpmath.log(mpmath.erfc(abs(z) / mpmath.sqrt(2)) / 2), z < 0
+        elif name == "RelaxedBernoulli":
+            mean, temperature = given
+            u = temperature * mpmath.log(x / complement) - mpmath.log(mean / (1 - mean))
+            small, is_lower = -mpmath.log1p(mpmath.exp(abs(u))), u < 0
+        else:
+            a, b = given if name == "Beta" else (given[0], 1 - given[0])
+            is_lower = x <= complement
+            small = _log_lower_beta(a, b, x, complement) if is_lower else _log_lower_beta(b, a, complement, x)
+        large = mpmath.log1p(-mpmath.exp(small))
+        return (small, large) if is_lower else (large, small)
+
+
+def _log_lower_beta(a: Any, b: Any, x: Any, complement: Any) -> Any:
+    """Log I_x(a, b) for x up to 1/2, by the series of :func:`regularized_beta`."""
+    term, total, n = mpmath.mpf(1), mpmath.mpf(1), 0
+    while n < a + b or term > total * mpmath.mpf(10) ** -DIGITS:
+        term *= (a + b + n) / (a + 1 + n) * x
+        total += term
+        n += 1
+    log_beta = mpmath.loggamma(a) + mpmath.loggamma(b) - mpmath.loggamma(a + b)
+    return mpmath.log(total / a) + a * mpmath.log(x) + b * mpmath.log(complement) - log_beta
+
+
 class Family(NamedTuple):
     """A family of priors: how it is made here, and SciPy's or the closed form of its CDF and quantiles."""
 
@@ -129,7 +164,26 @@ def brute_force(
     mask: Tensor | None = None,
     ties: bool = False,
 ) -> np.ndarray:
-    """The loss of every array, array by array: select, sort, rank and average in NumPy and SciPy."""
+    """The loss of every array: the mean squared distance of SciPy's CDF to the plotting positions."""
+
+    def terms(values: np.ndarray, positions: np.ndarray, *parameters: float) -> np.ndarray:
+        return (cdf(values, *parameters) - positions) ** 2
+
+    return mean_of_terms(x, terms, parameters, dim, mask, ties)
+
+
+def mean_of_terms(
+    x: Tensor,
+    terms: Callable[..., np.ndarray],
+    parameters: tuple[float | Tensor, ...],
+    dim: int | tuple[int, ...] | None = None,
+    mask: Tensor | None = None,
+    ties: bool = False,
+) -> np.ndarray:
+    """The mean of the terms of every array, array by array: select, sort, rank and average in NumPy.
+
+    The terms are a function of the sorted values, their plotting positions and the array's parameters.
+    """
     rows, shape = arrays_of(x.detach().double(), dim)
     kept = (
         torch.ones_like(rows, dtype=torch.bool) if mask is None else arrays_of(mask.expand(x.shape), dim)[0]
@@ -138,13 +192,12 @@ def brute_force(
         np.broadcast_to(np.asarray(p.detach() if isinstance(p, Tensor) else p, float), shape).reshape(-1)
         for p in parameters
     ]
-    losses = np.empty(len(rows))
+    means = np.empty(len(rows))
     for k, (row, keep) in enumerate(zip(rows.numpy(), kept.numpy(), strict=True)):
         values = np.sort(row[keep])
         rank = stats.rankdata(values, method="max" if ties else "ordinal")
-        target = cdf(values, *(p[k] for p in by_array))
-        losses[k] = np.mean((target - rank / (len(values) + 1)) ** 2)
-    return losses.reshape(shape)
+        means[k] = np.mean(terms(values, rank / (len(values) + 1), *(p[k] for p in by_array)))
+    return means.reshape(shape)
 
 
 def learned(parameters: tuple[float, ...], shape: tuple[int, ...] = (), spread: float = 0.0) -> list[Tensor]:

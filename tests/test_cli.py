@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import batchshaping as bs
 from batchshaping.cli import app, main
 from batchshaping.fit import fit, published_start
+from batchshaping.priors import ClosedFormPrior
 
 BETA = ("--prior", "beta", "--a", "2", "--b", "6")
 QUICK = ("--steps", "3", "--no-animation")
@@ -42,6 +44,18 @@ def refused(*arguments: object) -> str:
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("batchshaping: "), result.stderr
     return lines[0].removeprefix("batchshaping: ")
+
+
+def shaped(
+    start: torch.Tensor,
+    prior: ClosedFormPrior,
+    steps: int = 3,
+    rate: float = 0.1,
+    by: str = "anderson_darling",
+) -> torch.Tensor:
+    """What a fit of the start should give."""
+    loss = partial(bs.batch_shaping, prior=prior, statistic=by)
+    return fit(start, prior, steps=steps, learning_rate=rate, loss=loss).values[-1]
 
 
 def files() -> list[str]:
@@ -81,16 +95,22 @@ def test_help_names_what_there_is_within_80_columns(arguments: list[str], words:
 
 def test_a_fit_writes_its_values_its_figure_and_its_animation() -> None:
     result = run("fit", *BETA, "--steps", "20")
-    expected = fit(published_start(), bs.Beta(2, 6), steps=20)
-    np.testing.assert_array_equal(np.load("outputs/fit/values.npy"), expected.values[-1].numpy())
+    expected = shaped(published_start(), bs.Beta(2, 6), steps=20)
+    np.testing.assert_array_equal(np.load("outputs/fit/values.npy"), expected.numpy())
     with Image.open("outputs/fit/fit.png") as figure, Image.open("outputs/fit/fit.gif") as animation:
         assert figure.format == "PNG"
         assert animation.format == "GIF" and getattr(animation, "n_frames", 1) > 1
     assert files() == ["outputs/fit/fit.gif", "outputs/fit/fit.png", "outputs/fit/values.npy"]
     for name in files():
         assert f"wrote {name}" in result.stdout
-    assert f"{expected.losses[0]:.2e} before" in result.stdout
-    assert f"{bs.batch_shaping(expected.values[-1], bs.Beta(2, 6)):.2e} after" in result.stdout
+    before = bs.batch_shaping(torch.sigmoid(published_start()), bs.Beta(2, 6))
+    assert f"{before:.2e} before" in result.stdout
+    assert f"{bs.batch_shaping(expected, bs.Beta(2, 6)):.2e} after" in result.stdout
+
+
+def test_the_fit_of_the_example_ends_at_its_prior() -> None:
+    run("fit", *BETA, "--no-animation")
+    assert bs.batch_shaping(torch.from_numpy(np.load("outputs/fit/values.npy")), bs.Beta(2, 6)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -106,17 +126,17 @@ def test_a_fit_writes_its_values_its_figure_and_its_animation() -> None:
         (["--prior", "normal", "--loc", "-0.6", "--scale", "1e-1"], bs.Normal(-0.6, 0.1)),
     ],
 )
-def test_each_prior_takes_its_parameters(arguments: list[str], prior: bs.Beta) -> None:
+def test_each_prior_takes_its_parameters(arguments: list[str], prior: ClosedFormPrior) -> None:
     assert str(prior) in run("fit", *arguments, *QUICK).stdout
-    expected = fit(published_start(), prior, steps=3).values[-1]
+    expected = shaped(published_start(), prior)
     np.testing.assert_array_equal(np.load("outputs/fit/values.npy"), expected.numpy())
 
 
 def test_start_and_training_are_as_asked() -> None:
     options = ("--init", "1", "--seed", "7", "--learning-rate", "0.3", "--output", "elsewhere")
-    run("fit", *BETA, *QUICK, *options)
-    expected = fit(published_start(1.0, seed=7), bs.Beta(2, 6), steps=3, learning_rate=0.3)
-    np.testing.assert_array_equal(np.load("elsewhere/values.npy"), expected.values[-1].numpy())
+    run("fit", *BETA, *QUICK, *options, "--statistic", "CramerVonMises")
+    expected = shaped(published_start(1.0, seed=7), bs.Beta(2, 6), rate=0.3, by="cramer_von_mises")
+    np.testing.assert_array_equal(np.load("elsewhere/values.npy"), expected.numpy())
 
 
 @pytest.mark.parametrize("kind", ["npy", "csv", "pt"])
@@ -129,17 +149,17 @@ def test_values_from_a_file_keep_their_shape_and_precision(kind: str) -> None:
     else:
         torch.save(values, "x.pt")
     run("fit", *BETA, "--values", f"x.{kind}", *QUICK)
-    expected = fit(torch.logit(values.flatten()), bs.Beta(2, 6), steps=3).values[-1]
-    shaped = np.load("outputs/fit/values.npy")
-    assert shaped.dtype == np.float64
-    np.testing.assert_allclose(shaped, expected.reshape(20, 3).numpy(), rtol=0, atol=1e-14)
+    expected = shaped(torch.logit(values.flatten()), bs.Beta(2, 6))
+    written = np.load("outputs/fit/values.npy")
+    assert written.dtype == np.float64
+    np.testing.assert_allclose(written, expected.reshape(20, 3).numpy(), rtol=0, atol=1e-14)
 
 
 def test_exact_zeros_and_ones_move_too() -> None:
     np.save("x.npy", np.array([0.0] * 50 + [1.0] * 50))
     run("fit", *BETA, "--values", "x.npy", "--steps", "200", "--no-animation")
-    shaped = torch.from_numpy(np.load("outputs/fit/values.npy"))
-    assert bs.batch_shaping(shaped, bs.Beta(2, 6)) < 0.05
+    written = torch.from_numpy(np.load("outputs/fit/values.npy"))
+    assert bs.batch_shaping(written, bs.Beta(2, 6)) < 0.05
 
 
 def test_an_earlier_fit_is_kept_unless_forced() -> None:
@@ -164,6 +184,11 @@ def test_an_earlier_fit_is_kept_unless_forced() -> None:
         (
             ["--prior", "gamma", "--a", "2"],
             "--prior must be one of beta, symbeta, relaxed-bernoulli, normal, received 'gamma'",
+        ),
+        (
+            [*BETA, "--statistic", "kuiper"],
+            "--statistic must be one of cramer-von-mises, anderson-darling, wasserstein, epps-pulley, "
+            "received 'kuiper'",
         ),
         (["--prior", "beta", "--a", "2"], "--prior beta takes --a and --b, received --a 2"),
         (["--prior", "beta"], "--prior beta takes --a and --b, received no parameters"),
@@ -199,6 +224,12 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments: list[str], message: 
     Path("folder.npy").mkdir()
     assert refused("fit", *arguments) == message
     assert files() == ["x.txt"]
+
+
+def test_a_statistic_that_does_not_suit_the_prior_is_refused() -> None:
+    line = refused("fit", *BETA, "--statistic", "epps-pulley")
+    assert line.startswith("epps_pulley needs a Normal prior, received Beta")
+    assert files() == []
 
 
 @pytest.mark.parametrize(
