@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo figures test lint types unit notebooks format clean
+.PHONY: bench help env demo figures test lint types unit notebooks format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ unit: $(env) ## Run the tests and the examples in the docstrings (pytest)
 
 notebooks: $(env) ## Execute the notebooks (pytest)
 	$(run) pytest tests/test_notebooks.py
+
+bench: $(env) ## Measure this package beside its peers and write benchmarks/results
+	$(run) pip install --disable-pip-version-check --quiet --editable '.[bench]'
+	$(VENV)/bin/python benchmarks/bench.py
 
 format: $(env) ## Format the code and fix what can be fixed
 	$(run) ruff check --fix

@@ -46,6 +46,7 @@ def _compiled_loss_and_gradients(
     current: Tensor | None,
     parameters: Sequence[Tensor],
     statistic: str,
+    arguments: Sequence[float],
     prior: str,
     ties: bool,
     logits: bool,
@@ -53,7 +54,7 @@ def _compiled_loss_and_gradients(
     needs_parameters: bool,
 ) -> list[Tensor]:
     """A statistic and its gradients as one opaque operation, for torch.compile."""
-    method = ClosedFormStatistic.by_name[statistic]().loss_and_gradients
+    method = ClosedFormStatistic.by_name[statistic](*arguments).loss_and_gradients
     family = ClosedFormPrior.by_name[prior]
     return method(x, count, current, parameters, family, ties, logits, needs_x, needs_parameters)
 
@@ -65,6 +66,7 @@ def _(
     current: Tensor | None,
     parameters: Sequence[Tensor],
     statistic: str,
+    arguments: Sequence[float],
     prior: str,
     ties: bool,
     logits: bool,
@@ -93,8 +95,8 @@ class _ClosedFormLoss(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
-            names = statistic.name, prior.name
-            return tuple(_compiled_loss_and_gradients(x, count, current, parameters, *names, *flags))
+            which = statistic.name, list(statistic.arguments), prior.name
+            return tuple(_compiled_loss_and_gradients(x, count, current, parameters, *which, *flags))
         return tuple(statistic.loss_and_gradients(x, count, current, parameters, prior, *flags))
 
     @staticmethod

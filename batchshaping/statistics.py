@@ -155,8 +155,12 @@ class Terms(NamedTuple):
 
 
 class ClosedFormStatistic(Statistic):
-    """A statistic with closed forms of its derivatives for a prior that has those of its CDF."""
+    """A statistic with closed forms of its derivatives for a prior that has those of its CDF.
 
+    A compiled program makes it anew from its ``name`` and the ``arguments`` of its constructor.
+    """
+
+    arguments: tuple[float, ...] = ()
     name: ClassVar[str]
     by_name: ClassVar[dict[str, type[ClosedFormStatistic]]] = {}
 
@@ -350,7 +354,8 @@ class EppsPulley(ClosedFormStatistic):
     """
 
     def __init__(self, limit: float = 3.0, points: int = 17) -> None:
-        self.t = torch.linspace(0.0, limit, points, dtype=torch.float64)
+        self.arguments = (limit, points)
+        self.t = torch.linspace(0.0, limit, int(points), dtype=torch.float64)
         self.target = torch.exp(-self.t.square() / 2)
         step = limit / (points - 1)
         self.weights = self.target * 2 * step

@@ -1,7 +1,8 @@
 """This package beside its peers, all in one run: `make bench`.
 
 Every comparison alternates between its candidates and takes medians, since machines are noisy; what counts
-are the ratios. Peers that are not installed are left out and named. A benchmark is no test: nothing fails on time.
+are the ratios. Peers that are not installed are left out and named. A benchmark is no test: nothing fails on
+time.
 """
 
 from __future__ import annotations
@@ -138,11 +139,12 @@ def cdfs(repeats: int) -> list[dict[str, Any]]:
     values = x.numpy()
     rows = []
     for a, b in ((0.6, 0.4), (2.0, 6.0), (30.0, 70.0)):
+        numbers = np.float32(a), np.float32(b)
         parameters = [torch.tensor(v) for v in (a, b)]
         leaves = [t.clone().requires_grad_() for t in (*parameters, x)]
         forward: dict[str, Callable[[], Any]] = {
             "batchshaping": lambda p=parameters: bs.betainc(*p, x),
-            "scipy": lambda p=(np.float32(a), np.float32(b)): scipy.special.betainc(*p, values),
+            "scipy": lambda p=numbers: scipy.special.betainc(*p, values),
         }
         gradients: dict[str, Callable[[], Any]] = {
             "batchshaping": step(lambda a, b, x: bs.betainc(a, b, x).sum(), *leaves)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 import torch.distributions as td
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import FAMILIES, Family, each_family, each_prior, inside, learned, scipy
+from oracles import FAMILIES, Family, each_family, each_prior, inside, learned, log_tails, scipy
 from scipy import special, stats
 from torch import Tensor
+from torch.autograd import gradcheck
 
 import batchshaping as bs
 from batchshaping.derivatives import CDFDerivatives
@@ -97,6 +99,90 @@ def test_probability_0_and_1_are_the_ends_of_the_support(
     assert ends.tolist() == expected
     outside = family.prior(*parameters).icdf(torch.tensor([-0.1, 1.1, torch.nan], dtype=F64))
     assert bool(outside.isnan().all())
+
+
+TAILS = [
+    -1e3,
+    -40.0,
+    -5.0,
+    0.0,
+    1e-300,
+    1e-100,
+    1e-20,
+    1e-6,
+    0.3,
+    0.7,
+    0.999,
+    1 - 2**-53,
+    1.0,
+    5.0,
+    40.0,
+    1e3,
+]
+
+
+@each_family
+def test_the_logarithms_of_both_tails_are_those_of_mpmath(family: Family) -> None:
+    name = family.prior.__name__
+    for parameters in family.examples:
+        for dtype, rtol in ((F64, 1e-12), (torch.float32, 2e-6)):
+            x = torch.tensor(TAILS, dtype=dtype)
+            if family is FAMILIES["Normal"]:
+                loc, scale = parameters
+                x = torch.linspace(-40, 40, 81, dtype=dtype) * scale + loc
+            else:
+                x = x[(x > 0) & (x < 1)]
+            # Single precision has x itself rounded, and the standardized value of a Normal once more.
+            rtol = 1e-4 if dtype == torch.float32 and family is FAMILIES["Normal"] else rtol
+            prior = family.prior(*parameters)
+            for value, lower, upper in zip(
+                x.tolist(), prior.log_cdf(x).tolist(), prior.log_sf(x).tolist(), strict=True
+            ):
+                expected = log_tails(name, parameters, mpmath.mpf(value))
+                assert lower == pytest.approx(float(expected[0]), rel=rtol, abs=1e-44)
+                assert upper == pytest.approx(float(expected[1]), rel=rtol, abs=1e-44)
+
+
+@each_prior
+def test_outside_the_support_the_logarithms_are_those_of_the_nearest_value(
+    family: Family, parameters: tuple[float, ...]
+) -> None:
+    if family is FAMILIES["Normal"]:
+        return
+    prior = family.prior(*parameters)
+    for dtype in (F64, torch.float32):
+        finfo = torch.finfo(dtype)
+        first, last = finfo.smallest_normal, 1 - finfo.eps / 2
+        x = torch.tensor([-2.0, 0.0, first, last, 1.0, 3.0], dtype=dtype, requires_grad=True)
+        for values in (prior.log_cdf(x), prior.log_sf(x)):
+            assert bool(values.isfinite().all()) and bool((values <= 0).all())
+            assert values[0] == values[1] == values[2] and values[3] == values[4] == values[5]
+            (slope,) = torch.autograd.grad(values.sum(), x)
+            assert not slope[[0, 1, 4, 5]].any()
+
+
+@each_family
+def test_gradcheck_of_the_logarithms_in_everything(family: Family) -> None:
+    for parameters in family.examples:
+        given = learned(parameters, (4,), 0.1)
+        x = inside(family, parameters, (5, 4), upper=0.6).requires_grad_()
+        scale = x.detach().abs().amax()
+        for method in ("log_cdf", "log_sf"):
+            assert gradcheck(
+                lambda z, *p, method=method: getattr(family.prior(*p), method)(z * scale),
+                ((x / scale).detach().requires_grad_(), *given),
+                eps=1e-8,
+                rtol=1e-4,
+                atol=1e-5,
+            )
+
+
+@each_family
+def test_the_logarithms_of_nan_are_nan(family: Family) -> None:
+    x = torch.tensor([0.2, torch.nan, 0.7])
+    prior = family.prior(*family.examples[0])
+    assert prior.log_cdf(x).isnan().tolist() == [False, True, False]
+    assert prior.log_sf(x).isnan().tolist() == [False, True, False]
 
 
 @each_prior
