@@ -435,12 +435,11 @@ class EppsPulley(ClosedFormStatistic):
         by_parameter = [-by_z.sum(dim=-1), -(by_z * z).sum(dim=-1)]
         by_x = by_z.mul_(values * (1 - values)) if logits else by_z
         factor = 2 / torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1).expand(loss.shape)
-        nothing = x.new_empty(0)
         return [
             loss,
-            by_x if needs_x else nothing,
+            by_x if needs_x else x.new_empty(0),
             factor,
-            *(by if needs_parameters else nothing for by in by_parameter),
+            *(by if needs_parameters else x.new_empty(0) for by in by_parameter),
         ]
 
 

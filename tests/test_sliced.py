@@ -178,7 +178,7 @@ def test_a_collapsed_embedding_is_worse_than_a_round_one(statistic: str) -> None
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_descent_makes_a_collapsed_embedding_round(statistic: str) -> None:
     # All but a trace of it lies on a line.
-    start = torch.randn(128, 1) @ torch.randn(1, 4) + 0.05 * torch.randn(128, 4)
+    start = torch.randn(128, 1) @ torch.full((1, 4), 0.5) + 0.05 * torch.randn(128, 4)
     x = start.clone().requires_grad_()
     loss = SlicedBatchShapingLoss(64, statistic=statistic)
     optimizer = torch.optim.Adam([x], lr=0.03)
