@@ -405,7 +405,8 @@ class EppsPulley(ClosedFormStatistic):
     ) -> list[Tensor]:
         if not issubclass(prior, Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior.__name__}")
-        loc, scale = (p.unsqueeze(-1) if p.ndim else p.to(x.dtype) for p in parameters)
+        x = x.contiguous()
+        loc, scale = (p.unsqueeze(-1).to(x.dtype) if p.ndim else p.to(x.dtype) for p in parameters)
         values = torch.sigmoid(x) if logits else x
         z = (values - loc) / scale
         n: Tensor | int = x.shape[-1]
@@ -434,7 +435,9 @@ class EppsPulley(ClosedFormStatistic):
             by_z.masked_fill_(left_out, 0.0)
         by_parameter = [-by_z.sum(dim=-1), -(by_z * z).sum(dim=-1)]
         by_x = by_z.mul_(values * (1 - values)) if logits else by_z
-        factor = 2 / torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1).expand(loss.shape)
+        factor = (
+            2 / torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1).expand(loss.shape).contiguous()
+        )
         return [
             loss,
             by_x if needs_x else x.new_empty(0),
