@@ -426,7 +426,8 @@ class EppsPulley(ClosedFormStatistic):
         weights = self.weights.to(x)
         loss = (difference.abs().square() * weights).sum(dim=-1)
         # The derivative in z is 2 / N Re sum_k w_k conj(d_k) i t_k e^(i t_k z): a polynomial in the rotation.
-        coefficients = difference.conj() * (weights * self.t.to(x) * 1j)
+        # Conjugated at once: a lazy conjugate is not resolved inside of a compiled operation.
+        coefficients = torch.conj_physical(difference) * (weights * self.t.to(x) * 1j)
         polynomial = power.copy_(coefficients[..., -1:].expand_as(power))
         for k in range(len(self.t) - 2, -1, -1):
             polynomial.mul_(rotation).add_(coefficients[..., k : k + 1])
