@@ -141,7 +141,9 @@ class _Fraction:
         return self._method(y, offset)
 
     def _fold_one(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-        constant, slopes, factors = self.constant.reshape(-1), self.slope_numbers, self.factor_numbers
+        # One pass makes a line on the CPU; a tensor there does not mix with those of another device.
+        constant = (self.constant if y.is_cpu else self.constant.to(y.device, non_blocking=True)).reshape(-1)
+        slopes, factors = self.slope_numbers, self.factor_numbers
         y_square = y * y
         t = torch.add(constant[-1], offset, alpha=slopes[-1])
         line = torch.empty_like(t)
@@ -302,7 +304,7 @@ class BetaCDF(PreparedCDF):
         """Where x is right of the split, and t_0 there with the logarithms' derivatives in a and in b."""
         shape = torch.broadcast_shapes(self.shape, x.shape)
         some_left = some_right = True
-        if self.readable and x.numel():
+        if self.readable and x.is_cpu and x.numel():
             least, greatest = (float(v) for v in torch.aminmax(x))
             some_left, some_right = not least > self.split_range[1], not greatest <= self.split_range[0]
         left: tuple[Tensor | None, ...] = (None, None, None)
@@ -313,9 +315,10 @@ class BetaCDF(PreparedCDF):
         if some_right:
             y = torch.minimum(complement, 1 - self.split).expand(shape)
             right = self.right(y, self.centre - torch.maximum(x, self.split) if self.centred else y)
-        in_right = x.new_tensor(float(some_right))
         if some_left and some_right:
             in_right = torch.gt(x, self.split).to(self.working)
+        else:
+            in_right = torch.full((), float(some_right), dtype=self.working)
         fraction = _choose(left[0], right[0], in_right)
         if not self.gradients:
             return in_right, fraction, None, None
@@ -325,7 +328,7 @@ class BetaCDF(PreparedCDF):
     def _parts(
         self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
     ) -> _Parts:
-        mass = torch.addcmul((log_x * self.a).sub_(self.peak), log_complement, self.b).exp_().mul_(self.scale)
+        mass = (log_x * self.a).sub_(self.peak).add_(log_complement * self.b).exp_().mul_(self.scale)
         in_right, fraction, t_a, t_b = self._sides(x, complement)
         tail = mass / fraction
         # The tail itself left of the split, and 1 less it right of it.
@@ -344,7 +347,7 @@ class BetaCDF(PreparedCDF):
     def _logs(
         self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
     ) -> LogCDFDerivatives:
-        exponent = torch.addcmul((log_x * self.a).sub_(self.peak), log_complement, self.b)
+        exponent = (log_x * self.a).sub_(self.peak).add_(log_complement * self.b)
         in_right, fraction, t_a, t_b = self._sides(x, complement)
         # The logarithm of the tail and its derivatives have closed forms; those of what is left over follow.
         near = (exponent + self.scale.log()).sub_(fraction.log()).clamp_max_(-self._eps)
@@ -549,7 +552,7 @@ def _invert(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
     There the CDF is concave and close to a line of slope a (or b), so the iteration neither overshoots nor
     leaves the interval, and the asymptotic start is exact where the solution underflows.
     """
-    a, b, p = a.double(), b.double(), p.double()
+    a, b, p = (t.to(p.device, torch.float64) for t in (a, b, p))
     split = (a + 1) / (a + b + 2)
     in_right = p > _elementwise(a, b, split).cdf
     target = torch.where(in_right, 1 - p, p).log()

@@ -99,4 +99,4 @@ def ranks(values: Tensor, count: Tensor | int, ties: bool) -> Tensor:
     candidates = torch.where(last_of_group, rank, torch.inf)
     shared = candidates.flip(-1).cummin(-1).values.flip(-1)
     # Infinite samples equal the masked values behind them.
-    return torch.minimum(shared, torch.as_tensor(count, dtype=values.dtype, device=values.device))
+    return shared.clamp_max(count)

@@ -75,7 +75,7 @@ class Samples:
         if count is None:
             self.positions = ranks(values, n, ties) / (n + 1)
         else:
-            self.number, column = count, count.unsqueeze(-1)
+            self.number, column = count.to(x.dtype), count.unsqueeze(-1)
             self.counts = is_sample = torch.arange(n, device=x.device) < column
             # Behind the samples stand positions that are valid, since what is computed there is left out.
             self.positions = ranks(values, column, ties).clamp_max(column) / (column + 1)
@@ -83,7 +83,7 @@ class Samples:
         if current is not None:
             is_current = current[self.order.indices]
             self.counts = is_current if self.counts is None else self.counts & is_current
-            self.number = self.counts.sum(dim=-1)
+            self.number = self.counts.sum(dim=-1).to(x.dtype)
 
     def tiles(self) -> Iterator[slice]:
         """Parts of the last dimension, one after the other."""
@@ -222,7 +222,7 @@ class ClosedFormStatistic(Statistic):
             if needs_x:
                 by_x.scatter_(-1, samples.order.indices[..., tile], terms.by_x)
         loss = total / samples.number + samples.poison
-        factor = samples.poison + 2 / torch.as_tensor(samples.number, dtype=x.dtype, device=x.device)
+        factor = samples.poison + 2 / samples.number
         return [loss, by_x, factor, *by_parameter]
 
 
