@@ -1,0 +1,178 @@
+"""Imports go down, never up and never in a circle; what is public is exported and documented."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import batchshaping
+
+PACKAGE = Path(batchshaping.__file__).parent
+
+# From the ground up; a name stands for a module or for a package with all that is in it.
+FLOORS = {
+    "numbers": {
+        "cdf_beta",
+        "cdf_normal",
+        "cdf_relaxedbernoulli",
+        "checks",
+        "derivatives",
+        "distributed",
+        "memory",
+        "ranking",
+    },
+    "loss": {"priors", "statistics", "batch_shaping_loss", "sliced"},
+    "networks": {"gates", "channel_gating", "mixed_scale"},
+    "public names": {"batchshaping"},
+    "what people run": {"cli", "fit", "published", "report", "training", "utils", "values", "viz_utils"},
+}
+LEVEL = {name: level for level, names in enumerate(FLOORS.values()) for name in names}
+
+# What importing the package must not bring with it: each belongs to an extra or to the tests.
+EXTRAS = ("jax", "lightning", "matplotlib", "PIL", "rich", "scipy", "sklearn", "torchvision", "typer")
+
+# The public names of the design, floor by floor; those that are defined somewhere must be exported.
+PUBLIC = [
+    "betainc",
+    "betaincinv",
+    "batch_shaping",
+    "BatchShapingLoss",
+    "GeneralizedBatchShapingLoss",
+    "SlicedBatchShapingLoss",
+    "Beta",
+    "SymBeta",
+    "RelaxedBernoulli",
+    "Normal",
+    "binary_concrete",
+    "ChannelGate",
+    "gate_resnet",
+    "gated_resnet20",
+    "gated_resnet32",
+    "gated_resnet56",
+    "gate_probabilities",
+    "l0_penalty",
+    "gates_forced",
+    "count_macs",
+    "conditional_inference",
+    "MSViT",
+]
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name within the package; the package itself under its own name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        found[".".join(parts) or "batchshaping"] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules of this package that a file imports, at its top or within a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relative to itself"
+            if node.module is not None and node.module.partition(".")[0] == "batchshaping":
+                for alias in node.names:
+                    within = f"{node.module}.{alias.name}".removeprefix("batchshaping.")
+                    module = node.module.removeprefix("batchshaping.")
+                    yield within if within in MODULES else module
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "batchshaping":
+                    yield alias.name.removeprefix("batchshaping.")
+
+
+IMPORTS = {name: set(imports(path)) for name, path in MODULES.items()}
+
+
+def level(module: str) -> int:
+    return LEVEL[module.partition(".")[0]]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_has_a_floor_and_imports_from_it_or_from_below(module: str) -> None:
+    assert module.partition(".")[0] in LEVEL, "declare the floor of the new module above"
+    assert {other for other in IMPORTS[module] if level(other) > level(module)} == set()
+
+
+def test_imports_make_no_circle() -> None:
+    TopologicalSorter(IMPORTS).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(FLOORS["numbers"]))
+def test_the_numbers_know_torch_and_each_other_only(module: str) -> None:
+    named = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named.add((node.module or "").partition(".")[0])
+    assert named - set(sys.stdlib_module_names) <= {"torch", "batchshaping"}
+
+
+def test_importing_the_package_loads_no_extra() -> None:
+    code = f"import sys, batchshaping; print([m for m in {EXTRAS} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_says_what_it_is_and_what_is_public(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    if MODULES[module].name == "__init__.py" and module != "batchshaping":
+        return
+    assigned = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert "__all__" in assigned
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_of_the_design_is_exported_once_it_exists(name: str) -> None:
+    defined = [
+        module
+        for module, path in MODULES.items()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
+    ]
+    assert len(defined) <= 1
+    assert (name in batchshaping.__all__) == bool(defined)
+
+
+@pytest.mark.parametrize("name", batchshaping.__all__)
+def test_an_exported_name_is_documented_with_an_example(name: str) -> None:
+    documentation = inspect.getdoc(getattr(batchshaping, name)) or ""
+    summary = documentation.partition("\n")[0]
+    assert summary.endswith((".", ":")), summary
+    # An abstract class has its example where it is derived from.
+    assert ">>> " in documentation or name == "Gate"
+
+
+def test_the_map_in_the_documentation_names_every_module() -> None:
+    document = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {name for name, path in MODULES.items() if path.name != "__init__.py"}
+    assert {name for name in named if f"{name.rpartition('.')[2]}.py" not in document} == set()
+
+
+def test_every_module_can_be_imported() -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("typer")
+    for module in pkgutil.walk_packages([str(PACKAGE)], "batchshaping."):
+        importlib.import_module(module.name)
