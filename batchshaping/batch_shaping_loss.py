@@ -297,13 +297,12 @@ def _batch_shaping(
 def _of_arrays(prior: Distribution, shape: torch.Size, arrays: slice) -> Distribution:
     if isinstance(prior, ClosedFormPrior):
         return prior.of_arrays(shape, arrays)
-    if prior.batch_shape.numel() != 1:
+    if prior.batch_shape not in (torch.Size(), torch.Size([1])):
         raise ValueError(
             f"across ranks, {type(prior).__name__} must be one prior for all arrays, "
             f"received batch_shape {tuple(prior.batch_shape)}"
         )
-    single: Distribution = prior.expand(torch.Size())
-    return single
+    return prior
 
 
 def _statistic(statistic: str | Statistic) -> Statistic:
@@ -485,7 +484,8 @@ class GeneralizedBatchShapingLoss(nn.Module):
         dim: the dimension or dimensions of x that hold the samples.
         hyperprior_weight: weight :math:`w_h` of the hyperprior loss.
         temperature_weight: weight :math:`w_\tau` of the penalty on temperatures.
-        statistic: name of the statistic of the arrays, or one's own; the means have Cramér-von Mises.
+        statistic: name of the statistic of the arrays, or one's own.
+        hyperprior_statistic: that of the means; "anderson_darling" also moves them under a narrow hyperprior.
         ties: whether equal values share the largest of their ranks.
         logits: whether the values are logits.
         group: process group over which the batch extends, or "world".
@@ -518,6 +518,7 @@ class GeneralizedBatchShapingLoss(nn.Module):
         hyperprior_weight: float = 1.0,
         temperature_weight: float = 0.1,
         statistic: str | Statistic = "cramer_von_mises",
+        hyperprior_statistic: str | Statistic = "cramer_von_mises",
         ties: bool = False,
         logits: bool = False,
         group: Group = None,
@@ -526,7 +527,9 @@ class GeneralizedBatchShapingLoss(nn.Module):
         hyperprior = Beta(3, 7) if hyperprior is None else hyperprior
         _check_prior(hyperprior)
         _statistic(statistic)
-        self.hyperprior, self.dim, self.statistic = hyperprior, dim, statistic
+        _statistic(hyperprior_statistic)
+        self.hyperprior, self.dim = hyperprior, dim
+        self.statistic, self.hyperprior_statistic = statistic, hyperprior_statistic
         self.ties, self.logits, self.group = ties, logits, group
         self.hyperprior_weight, self.temperature_weight = hyperprior_weight, temperature_weight
         size = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -572,7 +575,9 @@ class GeneralizedBatchShapingLoss(nn.Module):
             logits=self.logits,
             group=self.group,
         )
-        hyperprior_loss = self.hyperprior_weight * batch_shaping(self.mean, self.hyperprior)
+        hyperprior_loss = self.hyperprior_weight * batch_shaping(
+            self.mean, self.hyperprior, statistic=self.hyperprior_statistic
+        )
         penalty = self.temperature_weight * self.temperature.mean()
         self.prior_loss = prior_loss.detach()
         self.hyperprior_loss = hyperprior_loss.detach()

@@ -216,7 +216,10 @@ class BetaCDF(PreparedCDF):
         gradients: bool = False,
         tails: bool = False,
     ) -> None:
-        a, b = torch.broadcast_tensors(a.double(), b.double())
+        # A number beside a learned tensor stands on the CPU, and joins it where that is.
+        device = next((p.device for p in (a, b) if not p.is_cpu), a.device)
+        a, b = (p.to(device, torch.float64, non_blocking=True) for p in (a, b))
+        a, b = torch.broadcast_tensors(a, b)
         self.dtype, self.shape, self.gradients = dtype, a.shape, gradients
         self.readable = a.device.type == "cpu" and a.numel() > 0
         total = a + b
@@ -466,7 +469,9 @@ class _BetaInc(torch.autograd.Function):
         a, b, x = ctx.saved_tensors
         needs_a, needs_b, needs_x = ctx.needs_input_grad
         needs_parameters = needs_a or needs_b
-        cdf_a = cdf_b = pdf = None
+        pdf: Any
+        cdf_a: Any
+        cdf_b: Any
         if torch.is_grad_enabled():
             pdf = beta_pdf(a, b, x) if needs_x else None
             cdf_a, cdf_b = _ParameterGradients.apply(a, b, x) if needs_parameters else (None, None)

@@ -14,6 +14,9 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from batchshaping.checks import known_to_hold
 
 __all__ = ["Columns", "Group", "resolve_group"]
 
@@ -25,10 +28,12 @@ def resolve_group(group: Group) -> dist.ProcessGroup | None:
     """The process group that is meant, or None where one process is all there is."""
     if group is None or (isinstance(group, str) and group == "world" and not _initialized()):
         return None
-    if isinstance(group, str):
-        if group != "world":
-            raise ValueError(f"group must be a process group, 'world' or None, received {group!r}")
+    if isinstance(group, str) and group == "world":
         return dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group must be a process group that this rank belongs to, 'world' or None, received {group!r}"
+        )
     return group
 
 
@@ -109,9 +114,16 @@ class Columns:
         return received.view(sum(self.arrays), n)
 
     def total(self, count: Tensor) -> Tensor:
-        """The sum over the ranks of a number for each array, for the arrays of this rank."""
+        """The number of samples of each array on all ranks, for the arrays of this rank.
+
+        Raises:
+            ValueError: on every rank, if an array has none.
+        """
         total = count.clone()
         self._call(lambda: dist.all_reduce(total, group=self.group))
+        if not known_to_hold(total > 0):
+            empty = int((total == 0).sum())
+            raise ValueError(f"mask leaves an array without samples on all ranks ({empty} of {len(total)})")
         return total[self.own]
 
     def collect(self, own: Tensor) -> Tensor:
@@ -133,6 +145,7 @@ class Deal(torch.autograd.Function):
         return columns.deal(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return ctx.columns.give_back(gradient), None
 
@@ -150,5 +163,6 @@ class Collect(torch.autograd.Function):
         return columns.collect(own)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient[ctx.columns.own] * ctx.columns.world, None

@@ -325,6 +325,13 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
         )
 
     @property
+    def mean(self) -> Tensor:
+        """Not in closed form; that of the Bernoulli which is relaxed, the argument, is ``probs``."""
+        raise NotImplementedError(
+            "the mean of a RelaxedBernoulli has no closed form; its argument is `probs`"
+        )
+
+    @property
     def temperature(self) -> Tensor:
         """The temperature, of shape ``batch_shape``."""
         return self.parameter("temperature")

@@ -1,7 +1,7 @@
 """How Sphinx builds the site: `make docs`.
 
-The root of the repository is the source, so that a relative link means the same on the site as in a clone. What
-is built is in `include_patterns`; every warning is an error, a link that leads nowhere among them.
+The root of the repository is the source, so that a relative link means the same on the site as in a clone.
+What is built is in `include_patterns`; every warning is an error, a link that leads nowhere among them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from docutils.utils.math import latex2mathml
+from docutils.utils.math import MathError, latex2mathml
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import batchshaping  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 project = "batchshaping"
 author = "The batchshaping authors"
@@ -61,6 +64,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # what implements a documented base is documented there
 add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -73,31 +77,65 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 # What is not of this package has its documentation elsewhere, and names in prose are no references.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|np|numpy|nn|dist|td|typing|collections|pathlib|os|enum|abc|builtins|matplotlib|typer)\..*"),
-    (r"py:.*", r".*\b(Tensor|Distribution|Module|Generator|Figure|Axes|Line2D|PathLike|Enum|ABC)"),
+    (r"py:.*", r"(abc|builtins|collections|contextlib|enum|os|pathlib|typing)\..*"),
+    (r"py:.*", r"(matplotlib|np|numpy|torch|dist|nn|td|typer)\..*"),
+    (r"py:.*", r"(ABC|Any|Axes|Distribution|Enum|Figure|Line2D|PathLike|Tensor|load_state_dict)"),
+    (r"py:.*", r"batchshaping\.(\w+\.)*_\w+"),
 ]
 
 
 # Formulas
 
 
+# What the converter does not know, in terms of what it does.
+_COMMANDS = {r"\dots": r"\ldots", r"\Big/": "/"}
+
+
 class _Formulas:
     """Formulas as MathML, which browsers show by themselves: a site without scripts from elsewhere."""
 
     @staticmethod
+    def _mathml(node: nodes.Element, as_block: bool) -> str:
+        formula = node.astext()
+        for command, known in _COMMANDS.items():
+            formula = formula.replace(command, known)
+        try:
+            return latex2mathml.tex2mathml(formula, as_block=as_block)
+        except MathError as error:
+            logger.warning("formula %r: %s", formula, error, location=node)
+            return formula
+
+    @staticmethod
     def inline(translator: Any, node: nodes.math) -> None:
-        translator.body.append(latex2mathml.tex2mathml(node.astext()))
+        translator.body.append(_Formulas._mathml(node, as_block=False))
         raise nodes.SkipNode
 
     @staticmethod
     def block(translator: Any, node: nodes.math_block) -> None:
-        formula = latex2mathml.tex2mathml(node.astext(), as_block=True)
-        translator.body.append(f'<div class="formula">{formula}</div>\n')
+        translator.body.append(f'<div class="formula">{_Formulas._mathml(node, as_block=True)}</div>\n')
         raise nodes.SkipNode
+
+
+class _PlainData:
+    """Docstrings of data as they are; napoleon would take what stands before a colon for a type."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[str]] = {}
+
+    def keep(self, app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+        if what in ("attribute", "data"):
+            self.kept[name] = list(lines)
+
+    def restore(self, app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+        if name in self.kept:
+            lines[:] = self.kept.pop(name)
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    data = _PlainData()
+    app.connect("autodoc-process-docstring", data.keep, priority=400)
+    app.connect("autodoc-process-docstring", data.restore, priority=600)
     app.add_html_math_renderer("mathml", (_Formulas.inline, None), (_Formulas.block, None))
 
 
