@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: bench help env demo figures test lint types unit notebooks format clean
+.PHONY: bench help env demo figures guide test lint types unit notebooks docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ demo: $(env) ## Train a small gated network on handwritten digits, with and with
 figures: $(env) ## Repeat the published runs: print their losses, draw them into outputs/
 	$(run) batchshaping.published outputs
 
-test: lint types unit notebooks ## Run every check
+test: lint types unit notebooks docs ## Run every check
 
 lint: $(env) ## Check style and formatting (ruff)
 	$(run) ruff check
@@ -37,6 +37,16 @@ unit: $(env) ## Run the tests and the examples in the docstrings (pytest)
 notebooks: $(env) ## Execute the notebooks (pytest)
 	$(run) pytest tests/test_notebooks.py
 
+# Made anew, so that nothing is left of what is gone; a warning is an error.
+docs: $(env) ## Build the site into docs/_build/html, strictly (sphinx)
+	rm -rf docs/api docs/_build
+	$(run) sphinx -c docs -b html -n -W --keep-going -q . docs/_build/html
+	$(VENV)/bin/python docs/check_links.py docs/_build/html
+
+guide: $(env) ## Measure all statistics anew and write the tables and figures of the guide
+	$(VENV)/bin/python benchmarks/statistics_on_published_runs.py --docs docs
+	$(VENV)/bin/python benchmarks/history_on_small_batches.py --docs docs
+
 bench: $(env) ## Measure this package beside its peers and write benchmarks/results
 	$(run) pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	$(VENV)/bin/python benchmarks/bench.py
@@ -46,7 +56,7 @@ format: $(env) ## Format the code and fix what can be fixed
 	$(run) ruff format
 
 clean: ## Remove caches and build products; the environment stays
-	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # What keeps PYTHON from making the environment; empty if nothing does.

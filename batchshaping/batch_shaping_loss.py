@@ -272,9 +272,10 @@ def _batch_shaping(
     columns = None
     if process_group is not None:
         arrays = arrays.reshape(shape.numel(), arrays.shape[-1])
-        columns = Columns(
-            arrays.shape[0], arrays.shape[1], samples, count is not None, process_group, x.device
-        )
+        columns = Columns(arrays, samples, count is not None, process_group)
+        if columns.differentiable and not arrays.requires_grad:
+            # This rank still has to send the gradients of its arrays to the ranks that ask for them.
+            arrays = arrays.detach().requires_grad_()
         current = columns.current if memory is not None else None
         if columns.masked:
             local = arrays.new_full(arrays.shape[:1], arrays.shape[1], dtype=torch.int64)

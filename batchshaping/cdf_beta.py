@@ -280,7 +280,9 @@ class BetaCDF(PreparedCDF):
         """
         nearest, inside = nearest_inside(x)
         found = self._logs(*self._from_values(nearest), in_logits=False)
-        return found._replace(cdf_by_x=found.cdf_by_x.mul_(inside), sf_by_x=found.sf_by_x.mul_(inside))
+        return found._replace(
+            cdf_by_x=torch.where(inside, found.cdf_by_x, 0.0), sf_by_x=torch.where(inside, found.sf_by_x, 0.0)
+        )
 
     def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:
         """The same as a function of logit(x), finite however large the logit."""
@@ -358,18 +360,19 @@ class BetaCDF(PreparedCDF):
         odds = (near - far).exp()
         slope = fraction if in_logits else fraction / complement.mul(x).clamp_min_(self._tiny)
         by_parameter = []
+        is_right = in_right > 0.5
         if t_a is not None and t_b is not None:
             by_a = (log_x + self.shift_a).sub_(t_a)
             by_b = (log_complement + self.shift_b).sub_(t_b)
             for by in (by_a, by_b):
                 by_parameter.append(
-                    (torch.lerp(by, -by * odds, in_right), torch.lerp(-by * odds, by, in_right))
+                    (torch.where(is_right, -by * odds, by), torch.where(is_right, by, -by * odds))
                 )
         return LogCDFDerivatives(
-            torch.lerp(near, far, in_right).to(self.dtype),
-            torch.lerp(far, near, in_right).to(self.dtype),
-            torch.lerp(slope, slope * odds, in_right).to(self.dtype),
-            torch.lerp(-slope * odds, -slope, in_right).to(self.dtype),
+            torch.where(is_right, far, near).to(self.dtype),
+            torch.where(is_right, near, far).to(self.dtype),
+            torch.where(is_right, slope * odds, slope).to(self.dtype),
+            torch.where(is_right, -slope, -slope * odds).to(self.dtype),
             tuple((cdf.to(self.dtype), sf.to(self.dtype)) for cdf, sf in by_parameter),
         )
 
@@ -596,7 +599,9 @@ class _BetaIncInv(torch.autograd.Function):
         # The implicit function theorem at I_x(a, b) = p: dx = (dp - I_a da - I_b db) / f.
         a, b, x = ctx.saved_tensors
         needs_a, needs_b, needs_p = ctx.needs_input_grad
-        scaled = gradient / beta_pdf(a, b, x)
+        # Where x has rounded to 0 or 1 it moves with nothing.
+        pdf = beta_pdf(a, b, x)
+        scaled = torch.where(pdf > 0, gradient / pdf, 0.0)
         gradient_a = gradient_b = None
         if needs_a or needs_b:
             cdf_a, cdf_b = _ParameterGradients.apply(a, b, x)

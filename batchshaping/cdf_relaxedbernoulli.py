@@ -51,7 +51,7 @@ class RelaxedBernoulliCDF(PreparedCDF):
     def logs(self, x: Tensor) -> LogCDFDerivatives:
         nearest, inside = nearest_inside(x)
         at = self.logs_at_logits(torch.logit(nearest))
-        slope = inside / (nearest * (1 - nearest))
+        slope = torch.where(inside, 1 / (nearest * (1 - nearest)), 0.0)
         return at._replace(cdf_by_x=at.cdf_by_x.mul_(slope), sf_by_x=at.sf_by_x.mul_(slope))
 
     def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:

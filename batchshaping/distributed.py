@@ -22,6 +22,7 @@ __all__ = ["Columns", "Group", "resolve_group"]
 
 Group = dist.ProcessGroup | Literal["world"] | None
 _Result = TypeVar("_Result")
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def resolve_group(group: Group) -> dist.ProcessGroup | None:
@@ -45,41 +46,40 @@ class Columns:
     """Which arrays belong to which rank, and how many samples of each array every rank has.
 
     Args:
-        arrays: number of arrays, the same on all ranks.
-        samples: number of samples that this rank has of each.
-        current: how many of these, the first ones, are of the current batch; ``current`` then tells which of
-            all ranks' samples are.
-        masked: whether this rank leaves some of them out; ``masked`` then tells whether any rank does.
+        x: the values of this rank, of shape (arrays, samples).
+        current: how many of the samples, the first ones, are of the current batch.
+        masked: whether this rank leaves some of them out.
         group: the process group.
-        device: device of the values.
+
+    Attributes:
+        current: which of all ranks' samples are of the current batch.
+        masked: whether any rank leaves samples out.
+        differentiable: whether the values of any rank require a gradient. Then all take part in its making.
 
     Raises:
-        ValueError: on every rank, if the ranks have different numbers of arrays.
+        ValueError: on every rank, if the ranks have different numbers of arrays, or different dtypes.
         RuntimeError: if a rank is gone.
     """
 
-    def __init__(
-        self,
-        arrays: int,
-        samples: int,
-        current: int,
-        masked: bool,
-        group: dist.ProcessGroup,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, x: Tensor, current: int, masked: bool, group: dist.ProcessGroup) -> None:
         self.group = group
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        own = torch.tensor([arrays, samples, current, masked], device=device)
-        shapes = [torch.empty_like(own) for _ in range(self.world)]
-        self._call(lambda: dist.all_gather(shapes, own, group=group))
-        counts, self.samples, now, anywhere = (
-            list(column) for column in zip(*(s.tolist() for s in shapes), strict=True)
+        arrays, samples = x.shape
+        facts = [arrays, samples, current, masked, x.requires_grad, _DTYPES.index(x.dtype)]
+        own = torch.tensor(facts, device=x.device)
+        of_all = [torch.empty_like(own) for _ in range(self.world)]
+        self._call(lambda: dist.all_gather(of_all, own, group=group))
+        counts, self.samples, now, some_masked, some_differentiable, dtypes = (
+            list(column) for column in zip(*(facts.tolist() for facts in of_all), strict=True)
         )
-        self.masked = any(anywhere)
-        places = [torch.arange(n, device=device) < c for n, c in zip(self.samples, now, strict=True)]
+        self.masked, self.differentiable = any(some_masked), any(some_differentiable)
+        places = [torch.arange(n, device=x.device) < c for n, c in zip(self.samples, now, strict=True)]
         self.current = torch.cat(places)
         if len(set(counts)) > 1:
             raise ValueError(f"all ranks must have the same number of arrays, received {counts}")
+        if len(set(dtypes)) > 1:
+            names = ", ".join(str(_DTYPES[d]) for d in dtypes)
+            raise ValueError(f"all ranks must have values of the same dtype, received {names}")
         bounds = [arrays * r // self.world for r in range(self.world + 1)]
         self.arrays = [stop - start for start, stop in pairwise(bounds)]
         self.own = slice(bounds[self.rank], bounds[self.rank + 1])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from batchshaping.batch_shaping_loss import batch_shaping
+from batchshaping.batch_shaping_loss import BatchShapingLoss
 from batchshaping.distributed import Group
 from batchshaping.priors import Normal
 from batchshaping.statistics import Statistic
@@ -59,13 +60,16 @@ class SlicedBatchShapingLoss(nn.Module):
         super().__init__()
         if slices < 1:
             raise ValueError(f"slices must be at least 1, received {slices}")
-        self.slices, self.statistic, self.seed, self.group = slices, statistic, seed, group
-        self.prior = Normal(0.0, 1.0) if prior is None else prior
+        self.slices, self.seed = slices, seed
+        prior = Normal(0.0, 1.0) if prior is None else prior
+        self.loss = BatchShapingLoss(prior, dim=0, statistic=statistic, group=group)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def directions(self, dimensions: int) -> Tensor:
         """The unit vectors of the next pass, of shape (dimensions, slices), on the CPU in float32."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + int(self.step))
+        # Mixed well, since torch's generator on the CPU reads 32 bits of its seed.
+        (state,) = np.random.SeedSequence((self.seed, int(self.step))).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state))
         directions = torch.randn(dimensions, self.slices, generator=generator)
         norms: Tensor = torch.linalg.vector_norm(directions, dim=0)
         return directions / norms
@@ -79,8 +83,8 @@ class SlicedBatchShapingLoss(nn.Module):
         directions = self.directions(x.shape[-1]).to(x)
         if self.training:
             self.step += 1
-        projections = x.flatten(0, -2) @ directions
-        return batch_shaping(projections, self.prior, dim=0, statistic=self.statistic, group=self.group)
+        loss: Tensor = self.loss(x.flatten(0, -2) @ directions)
+        return loss
 
     def extra_repr(self) -> str:
-        return f"slices={self.slices}, prior={self.prior}, statistic={self.statistic!r}, seed={self.seed}"
+        return f"slices={self.slices}, seed={self.seed}"

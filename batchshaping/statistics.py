@@ -326,8 +326,11 @@ class Wasserstein(ClosedFormStatistic):
             by_parameter: tuple[Tensor, ...] = ()
             if gradients:
                 # Where F(q) = p stays as it is, dq = -dF / f.
+                # A quantile that has rounded to the end of the support moves with nothing.
                 at = prepared(quantile)
-                by_parameter = tuple(distance * derivative / at.pdf for derivative in at.parameters)
+                moves = (at.pdf > 0) & at.pdf.isfinite()
+                scaled = torch.where(moves, distance / at.pdf, 0.0)
+                by_parameter = tuple(scaled * derivative for derivative in at.parameters)
             return Terms(distance * distance, by_x, by_parameter)
 
         return terms
@@ -379,6 +382,7 @@ class EppsPulley(ClosedFormStatistic):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior}")
         # What is masked is infinite.
         left_out = torch.zeros((), dtype=torch.bool) if count is None else x == torch.inf
+        x = x + self._poison(x, count)
         z = (x.masked_fill(left_out, 0.0) - prior.loc.unsqueeze(-1)) / prior.scale.unsqueeze(-1)
         n = x.shape[-1] if count is None else count
         total = torch.zeros_like(z[..., 0])
@@ -390,6 +394,14 @@ class EppsPulley(ClosedFormStatistic):
             )
             total = total + weight * ((cosine - target).square() + sine.square())
         return total
+
+    @staticmethod
+    def _poison(x: Tensor, count: Tensor | None) -> Tensor:
+        """NaN for an array with an infinite sample, which has no characteristic function, and 0 otherwise."""
+        if count is None:
+            return x.new_zeros(())
+        is_infinite = (x == torch.inf).sum(dim=-1) > x.shape[-1] - count
+        return torch.where(is_infinite, torch.nan, 0.0).to(x.dtype).unsqueeze(-1)
 
     def loss_and_gradients(
         self,
@@ -405,7 +417,7 @@ class EppsPulley(ClosedFormStatistic):
     ) -> list[Tensor]:
         if not issubclass(prior, Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior.__name__}")
-        x = x.contiguous()
+        x = x.contiguous() + self._poison(x, count)
         loc, scale = (p.unsqueeze(-1).to(x.dtype) if p.ndim else p.to(x.dtype) for p in parameters)
         values = torch.sigmoid(x) if logits else x
         z = (values - loc) / scale
@@ -466,7 +478,11 @@ class _OnTheLine(Distribution):
         return torch.where(inside, cdf, (value >= upper).to(value.dtype))
 
     def icdf(self, value: Tensor) -> Tensor:
-        return self.prior.icdf(value)
+        try:
+            return self.prior.icdf(value)
+        except NotImplementedError:
+            name = type(self.prior).__name__
+            raise ValueError(f"this statistic needs a prior with an icdf, received {name}") from None
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """The logarithm of the CDF, bounded below by that of the smallest number."""

@@ -820,7 +820,7 @@ def test_infinite_logits_are_values_of_0_and_1(statistic: str, family: Family) -
     x = torch.tensor([-torch.inf, -1.0, 0.5, torch.inf], dtype=F64)
     loss = bs.batch_shaping(x, family.prior(*family.examples[0]), statistic=statistic, logits=True)
     if statistic == "anderson_darling" and family is not NORMAL:
-        assert loss == torch.inf  # a logarithm of 0 that no rounding hides
+        assert loss > 1e3  # a logarithm of 0 that no rounding hides, however it is bounded
     else:
         expected = mean_of_terms(torch.sigmoid(x), TERMS[statistic](family), family.examples[0])
         torch.testing.assert_close(loss, torch.as_tensor(expected))

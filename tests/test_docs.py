@@ -1,0 +1,104 @@
+"""The reference leaves nothing out: what is public is documented, and the site shows it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import batchshaping
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages(batchshaping.__path__, "batchshaping.")
+    if not info.ispkg and not info.name.endswith("__main__")
+)
+
+
+def imported(name: str) -> ModuleType:
+    """The module, or a skipped test where an extra that it needs is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if error.name is None or error.name.startswith("batchshaping"):
+            raise
+        pytest.skip(f"needs {error.name}")
+
+
+def described_data(module: ModuleType) -> set[str]:
+    """The names that are assigned in a module and have a string below, which is their documentation."""
+    body = ast.parse(inspect.getsource(module)).body
+    described = set()
+    for statement, below in itertools.pairwise(body):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if is_text and isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            described |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return described
+
+
+def has_docstring(value: object) -> bool:
+    """Whether a function or a class has one of its own; what else there is has that of its type only."""
+    if inspect.isclass(value):
+        return bool(vars(value).get("__doc__"))
+    return inspect.isroutine(value) and bool(value.__doc__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_is_documented(name: str) -> None:
+    module = imported(name)
+    assert module.__doc__ and module.__doc__.strip()
+    public = getattr(module, "__all__", None)
+    assert public is not None, f"{name} does not say what is public"
+    described = described_data(module)
+    assert [n for n in public if n not in described and not has_docstring(getattr(module, n))] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_is_in_the_reference(name: str) -> None:
+    assert re.search(rf"^   {re.escape(name)}$", REFERENCE, re.MULTILINE)
+
+
+def test_the_reference_has_no_module_that_is_none() -> None:
+    listed = re.findall(r"^   (batchshaping\.[\w.]+)$", REFERENCE, re.MULTILINE)
+    assert sorted(listed) == MODULES
+
+
+@pytest.mark.parametrize("name", batchshaping.__all__)
+def test_every_name_of_the_package_is_in_the_reference_under_its_module(name: str) -> None:
+    value = getattr(batchshaping, name)
+    assert f"bs.{name} <{value.__module__}.{name}>" in REFERENCE
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_every_figure_is_shown() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for figure in (ROOT / "docs" / "figures").iterdir():
+        assert f"figures/{figure.name})" in text
+        assert figure.stat().st_size < 100_000
+
+
+def test_measured_tables_are_filled() -> None:
+    guide = (ROOT / "docs" / "which_statistic.md").read_text(encoding="utf-8")
+    tables = re.findall(r"<!-- ([\w ]+): begin -->(.*?)<!-- \1: end -->", guide, re.DOTALL)
+    assert len(tables) == 4
+    for name, body in tables:
+        assert body.count("\n|") > 5, name
+        assert "nan" not in body, name
