@@ -183,7 +183,7 @@ def test_descent_makes_a_collapsed_embedding_round(statistic: str) -> None:
     loss = SlicedBatchShapingLoss(64, statistic=statistic)
     optimizer = torch.optim.Adam([x], lr=0.03)
     assert spectrum(x)[-1] < 0.06
-    for _ in range(250):
+    for _ in range(400):
         optimizer.zero_grad()
         loss(x).backward()
         optimizer.step()
