@@ -132,10 +132,11 @@ class _Fraction:
             self.factor_p = (weight * (q - n - 1) * (product_p - 2 * product / odd)).to(working)
             self.factor_q = (weight * (p + n) * (p + 2 * q - 1)).to(working)
             self._method = self._fold_gradients
-        elif p.numel() == 1 and p.device.type == "cpu":
-            self.slope_numbers = self.slope.reshape(-1).tolist()
-            self.factor_numbers = self.factor.reshape(-1).tolist()
-            self._method = self._fold_one
+        if p.numel() == 1 and p.device.type == "cpu":
+            tables = (self.slope, self.factor, *((self.slope_p, self.slope_q) if gradients else ()))
+            tables = (*tables, *((self.factor_p, self.factor_q) if gradients else ()))
+            self.numbers = list(zip(*(table.reshape(-1).tolist() for table in tables), strict=True))
+            self._method = self._fold_one_with_gradients if gradients else self._fold_one
 
     def __call__(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         return self._method(y, offset)
@@ -143,14 +144,32 @@ class _Fraction:
     def _fold_one(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         # One pass makes a line on the CPU; a tensor there does not mix with those of another device.
         constant = (self.constant if y.is_cpu else self.constant.to(y.device, non_blocking=True)).reshape(-1)
-        slopes, factors = self.slope_numbers, self.factor_numbers
         y_square = y * y
-        t = torch.add(constant[-1], offset, alpha=slopes[-1])
+        t = torch.add(constant[-1], offset, alpha=self.numbers[-1][0])
         line = torch.empty_like(t)
-        for k in range(len(slopes) - 2, -1, -1):
-            torch.add(constant[k], offset, alpha=slopes[k], out=line)
-            torch.addcdiv(line, y_square, t, value=factors[k], out=t)
+        for k in range(len(constant) - 2, -1, -1):
+            slope, factor = self.numbers[k]
+            torch.add(constant[k], offset, alpha=slope, out=line)
+            torch.addcdiv(line, y_square, t, value=factor, out=t)
         return (t,)
+
+    def _fold_one_with_gradients(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        if not y.is_cpu:
+            return self._fold_gradients(y, offset)
+        constant, one = self.constant.reshape(-1), torch.ones((), dtype=y.dtype)
+        y_square = y * y
+        slope, _, slope_p, slope_q, *_ = self.numbers[-1]
+        t = torch.add(constant[-1], offset, alpha=slope)
+        t_p, t_q = torch.add(one, y, alpha=slope_p), y * slope_q
+        ratio, decay = torch.empty_like(t), torch.empty_like(t)
+        for k in range(len(constant) - 2, -1, -1):
+            slope, factor, slope_p, slope_q, factor_p, factor_q = self.numbers[k]
+            torch.div(y_square, t, out=ratio)
+            torch.div(ratio, t, out=decay).mul_(-factor)
+            t_p.mul_(decay).add_(y, alpha=slope_p).add_(ratio, alpha=factor_p).add_(1.0)
+            t_q.mul_(decay).add_(y, alpha=slope_q).add_(ratio, alpha=factor_q)
+            torch.add(constant[k], offset, alpha=slope, out=t).add_(ratio, alpha=factor)
+        return t, t_p, t_q
 
     def _fold_many(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         y_square = y * y
@@ -237,6 +256,7 @@ class BetaCDF(PreparedCDF):
         centre = (a / total).to(working)
         self.centre, self.far_centre = centre, 1 - centre
         self.a, self.b = a.to(working), b.to(working)
+        self.numbers = (float(self.a), float(self.b)) if self.readable and a.ndim == 0 else None
         self.split = ((a + 1) / (total + 2)).to(working)
         self.split_range = (float(self.split.min()), float(self.split.max())) if self.readable else (0.0, 1.0)
         # The exponent is taken relative to the centre, where it is 0: the rest of 1 / B(a, b) multiplies.
@@ -273,6 +293,13 @@ class BetaCDF(PreparedCDF):
         """The same with the tail that the CDF is made of."""
         return self._parts(*self._from_values(x), in_logits=False)
 
+    def cdf(self, x: Tensor) -> Tensor:
+        """The CDF alone."""
+        x, complement, log_x, log_complement = self._from_values(x)
+        mass = self._exponent(log_x, log_complement).exp_().mul_(self.scale)
+        in_right, fraction, *_ = self._sides(x, complement)
+        return torch.sub(in_right, mass.div_(fraction)).abs_().to(self.dtype)
+
     def logs(self, x: Tensor) -> LogCDFDerivatives:
         """Log I_x(a, b) and log(1 - I_x(a, b)) with their derivatives, as far into the tails as x goes.
 
@@ -305,6 +332,13 @@ class BetaCDF(PreparedCDF):
             log_complement = log_complement - self.far_centre.log()
         return torch.sigmoid(logits), torch.sigmoid(-logits), log_x, log_complement
 
+    def _exponent(self, log_x: Tensor, log_complement: Tensor) -> Tensor:
+        """The exponent of x^a (1 - x)^b relative to the centre; with numbers it takes half of the passes."""
+        if self.numbers is not None and log_x.is_cpu:
+            a, b = self.numbers
+            return torch.add(-self.peak, log_x, alpha=a).add_(log_complement, alpha=b)
+        return (log_x * self.a).sub_(self.peak).add_(log_complement * self.b)
+
     def _sides(self, x: Tensor, complement: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Where x is right of the split, and t_0 there with the logarithms' derivatives in a and in b."""
         shape = torch.broadcast_shapes(self.shape, x.shape)
@@ -321,7 +355,8 @@ class BetaCDF(PreparedCDF):
             y = torch.minimum(complement, 1 - self.split).expand(shape)
             right = self.right(y, self.centre - torch.maximum(x, self.split) if self.centred else y)
         if some_left and some_right:
-            in_right = torch.gt(x, self.split).to(self.working)
+            # Into numbers at once, several times faster than into booleans.
+            in_right = torch.gt(x, self.split, out=torch.empty(shape, dtype=self.working, device=x.device))
         else:
             in_right = torch.full((), float(some_right), dtype=self.working)
         fraction = _choose(left[0], right[0], in_right)
@@ -333,7 +368,7 @@ class BetaCDF(PreparedCDF):
     def _parts(
         self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
     ) -> _Parts:
-        mass = (log_x * self.a).sub_(self.peak).add_(log_complement * self.b).exp_().mul_(self.scale)
+        mass = self._exponent(log_x, log_complement).exp_().mul_(self.scale)
         in_right, fraction, t_a, t_b = self._sides(x, complement)
         tail = mass / fraction
         # The tail itself left of the split, and 1 less it right of it.
@@ -352,7 +387,7 @@ class BetaCDF(PreparedCDF):
     def _logs(
         self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
     ) -> LogCDFDerivatives:
-        exponent = (log_x * self.a).sub_(self.peak).add_(log_complement * self.b)
+        exponent = self._exponent(log_x, log_complement)
         in_right, fraction, t_a, t_b = self._sides(x, complement)
         # The logarithm of the tail and its derivatives have closed forms; those of what is left over follow.
         near = (exponent + self.scale.log()).sub_(fraction.log()).clamp_max_(-self._eps)
@@ -382,6 +417,18 @@ def fixed_beta_cdf(a: float, b: float, dtype: torch.dtype, tails: bool) -> BetaC
     """:class:`BetaCDF` of two numbers without their gradients, made once for all calls."""
     both = torch.tensor([a, b], dtype=torch.float64)
     return BetaCDF(both[0], both[1], dtype, tails=tails)
+
+
+def _cdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """The CDF alone, for any number of parameters and values."""
+    if not a.numel() == b.numel() == 1 or not x.is_cpu:
+        return _elementwise(a, b, x).cdf
+    cdf = BetaCDF(a.reshape(()), b.reshape(()), x.dtype)
+    shape = torch.broadcast_shapes(a.shape, b.shape, x.shape)
+    found = torch.empty(shape, dtype=x.dtype)
+    for out, values in zip(found.view(-1).split(_TILE), x.reshape(-1).split(_TILE), strict=True):
+        out.copy_(cdf.cdf(values))
+    return found
 
 
 def _elementwise(a: Tensor, b: Tensor, x: Tensor, gradients: bool = False) -> _Parts:
@@ -461,7 +508,7 @@ class _ParameterGradients(torch.autograd.Function):
 class _BetaInc(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        return _elementwise(a, b, x).cdf
+        return _cdf(a, b, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

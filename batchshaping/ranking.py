@@ -5,6 +5,7 @@ Everything here works along the last dimension; the caller brings the samples th
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,12 +48,14 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
         return None
     x = x.contiguous()
     keys = x.double()
-    # An infinity has no free bits, but a number that rounds to it has; and -0.0 becomes 0.0.
-    keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(0.0)
+    least, greatest = (float(v) for v in torch.aminmax(x))
+    if not 0.0 < least <= greatest < math.inf:
+        # An infinity has no free bits, but a number that rounds to it has; and -0.0 becomes 0.0.
+        keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(0.0)
     bits = keys.view(torch.int64)
     bits |= torch.arange(x.shape[-1])
     # The more is added to a negative number the less it is: there the index is counted backwards.
-    negative = bool(x.amin() < 0)
+    negative = least < 0
     if negative:
         bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
     keys.numpy().sort(axis=-1)

@@ -252,7 +252,8 @@ class CramerVonMises(ClosedFormStatistic):
             at = evaluate(samples.values[..., tile])
             residual = at.cdf.sub_(samples.positions[..., tile])
             by_parameter = tuple(residual * derivative for derivative in at.parameters)
-            return Terms(residual * residual, at.pdf.mul_(residual), by_parameter)
+            by_x = at.pdf.mul_(residual)
+            return Terms(residual.square_(), by_x, by_parameter)
 
         return terms
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import batchshaping
 
@@ -102,3 +103,14 @@ def test_measured_tables_are_filled() -> None:
     for name, body in tables:
         assert body.count("\n|") > 5, name
         assert "nan" not in body, name
+
+
+def test_the_examples_of_the_guide_run() -> None:
+    guide = (ROOT / "docs" / "which_statistic.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    logits = torch.randn(8, 4, requires_grad=True)
+    names = {"logits": logits, "gates": torch.sigmoid(logits)}
+    for block in blocks:
+        exec(block, names)
+        assert names.pop("loss").isfinite()
