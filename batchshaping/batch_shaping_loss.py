@@ -215,8 +215,8 @@ def batch_shaping(
             takes, is the gradient that one process with the whole batch would have.
 
     Returns:
-        The loss in x's dtype: a scalar, or for "none" of x's shape without ``dim``. It is 0 at the best fit
-        and at most 1.
+        The loss in x's dtype: a scalar, or for "none" of x's shape without ``dim``. It is 0 at the best fit,
+        and that of Cramér and von Mises at most 1.
 
     Raises:
         TypeError: if x is not floating point, or the mask not boolean.

@@ -60,6 +60,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+"""The command, as typer runs it."""
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from batchshaping.checks import known_to_hold
 __all__ = ["Columns", "Group", "resolve_group"]
 
 Group = dist.ProcessGroup | Literal["world"] | None
+"""The ranks whose batches are one: a process group, "world" for all there are, or None for this process."""
 _Result = TypeVar("_Result")
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -58,7 +58,6 @@ class Samples:
 
     Attributes:
         values: the samples in order, behind them the first one again in place of what is no sample.
-        positions: the plotting positions, of shape (N,), or (..., N) with a count or ties.
         counts: which of the values in order contribute a term; None if all do.
         number: how many terms there are to an array.
         poison: NaN for an array with a NaN and 0 otherwise, of shape (...).
@@ -72,18 +71,29 @@ class Samples:
         self.poison = torch.where(values[..., -1].isnan(), torch.nan, 0.0).to(x.dtype)
         self.counts: Tensor | None = None
         self.number: Tensor | int = n
-        if count is None:
-            self.positions = ranks(values, n, ties) / (n + 1)
-        else:
-            self.number, column = count.to(x.dtype), count.unsqueeze(-1)
-            self.counts = is_sample = torch.arange(n, device=x.device) < column
-            # Behind the samples stand positions that are valid, since what is computed there is left out.
-            self.positions = ranks(values, column, ties).clamp_max(column) / (column + 1)
+        self._column: Tensor | int = n
+        if count is not None:
+            self.number, self._column = count.to(x.dtype), count.unsqueeze(-1)
+        self._shared = ranks(values, self._column, ties=True) if ties else None
+        if count is not None:
+            self.counts = is_sample = torch.arange(n, device=x.device) < self._column
             self.values = torch.where(is_sample, values, values[..., :1])
         if current is not None:
             is_current = current[self.order.indices]
             self.counts = is_current if self.counts is None else self.counts & is_current
             self.number = self.counts.sum(dim=-1).to(x.dtype)
+
+    def positions(self, tile: slice = slice(None)) -> Tensor:
+        """The plotting positions of a tile, of shape (n,), or (..., n) with a count or ties.
+
+        Behind the samples they are valid ones, since what is computed there is left out.
+        """
+        if self._shared is not None:
+            order = self._shared[..., tile]
+        else:
+            start, stop, _ = tile.indices(self.values.shape[-1])
+            order = torch.arange(start + 1, stop + 1, dtype=self.values.dtype, device=self.values.device)
+        return order.clamp_max(self._column) / (self._column + 1)
 
     def tiles(self) -> Iterator[slice]:
         """Parts of the last dimension, one after the other."""
@@ -138,7 +148,7 @@ class Statistic(ABC):
         if samples.counts is not None:
             values = torch.where(samples.counts, values, samples.values)
         # Distributions broadcast from the right, so here the samples come first.
-        positions = samples.positions.movedim(-1, 0)
+        positions = samples.positions().movedim(-1, 0)
         positions = positions.reshape(-1, *[1] * (values.ndim - 1)) if positions.ndim == 1 else positions
         terms = self.terms(values.movedim(-1, 0), positions, on_the_line(prior)).movedim(0, -1)
         if samples.counts is not None:
@@ -250,7 +260,7 @@ class CramerVonMises(ClosedFormStatistic):
 
         def terms(tile: slice) -> Terms:
             at = evaluate(samples.values[..., tile])
-            residual = at.cdf.sub_(samples.positions[..., tile])
+            residual = at.cdf.sub_(samples.positions(tile))
             by_parameter = tuple(residual * derivative for derivative in at.parameters)
             by_x = at.pdf.mul_(residual)
             return Terms(residual.square_(), by_x, by_parameter)
@@ -285,17 +295,17 @@ class AndersonDarling(ClosedFormStatistic):
     ) -> Callable[[slice], Terms]:
         prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients, tails=True)
         evaluate = prepared.logs_at_logits if logits else prepared.logs
-        entropy = torch.special.entr(samples.positions) + torch.special.entr(1 - samples.positions)
 
         def terms(tile: slice) -> Terms:
             at = evaluate(samples.values[..., tile])
-            p = samples.positions[..., tile]
+            p = samples.positions(tile)
+            entropy = torch.special.entr(p) + torch.special.entr(1 - p)
 
             def mean(lower: Tensor, upper: Tensor) -> Tensor:
                 return torch.lerp(upper, lower, p.expand(upper.shape)).neg_()
 
             # No term is negative but by rounding.
-            value = mean(at.log_cdf, at.log_sf).sub_(entropy[..., tile]).clamp_min_(0.0).mul_(2)
+            value = mean(at.log_cdf, at.log_sf).sub_(entropy).clamp_min_(0.0).mul_(2)
             by_parameter = tuple(mean(*pair) for pair in at.parameters)
             return Terms(value, mean(at.cdf_by_x, at.sf_by_x), by_parameter)
 
@@ -317,7 +327,7 @@ class Wasserstein(ClosedFormStatistic):
         gradients: bool,
     ) -> Callable[[slice], Terms]:
         prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients)
-        quantiles = prior.quantile(parameters, samples.positions).to(samples.values.dtype)
+        quantiles = prior.quantile(parameters, samples.positions()).to(samples.values.dtype)
 
         def terms(tile: slice) -> Terms:
             values, quantile = samples.values[..., tile], quantiles[..., tile]

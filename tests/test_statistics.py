@@ -534,7 +534,7 @@ class Quartic(ClosedFormStatistic):
 
         def terms(tile: slice) -> Terms:
             at = (prepared.at_logits if logits else prepared)(samples.values[..., tile])
-            residual = at.cdf - samples.positions[..., tile]
+            residual = at.cdf - samples.positions(tile)
             cubed = 2 * residual**3
             return Terms(residual**4, at.pdf * cubed, tuple(d * cubed for d in at.parameters))
 
