@@ -413,17 +413,19 @@ class BetaCDF(PreparedCDF):
 
 
 @functools.lru_cache(maxsize=256)
-def fixed_beta_cdf(a: float, b: float, dtype: torch.dtype, tails: bool) -> BetaCDF:
-    """:class:`BetaCDF` of two numbers without their gradients, made once for all calls."""
+def fixed_beta_cdf(
+    a: float, b: float, dtype: torch.dtype, gradients: bool = False, tails: bool = False
+) -> BetaCDF:
+    """:class:`BetaCDF` of two numbers, made once for all calls."""
     both = torch.tensor([a, b], dtype=torch.float64)
-    return BetaCDF(both[0], both[1], dtype, tails=tails)
+    return BetaCDF(both[0], both[1], dtype, gradients=gradients, tails=tails)
 
 
 def _cdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """The CDF alone, for any number of parameters and values."""
-    if not a.numel() == b.numel() == 1 or not x.is_cpu:
+    if not a.numel() == b.numel() == 1 or not (a.is_cpu and b.is_cpu and x.is_cpu):
         return _elementwise(a, b, x).cdf
-    cdf = BetaCDF(a.reshape(()), b.reshape(()), x.dtype)
+    cdf = fixed_beta_cdf(float(a.detach()), float(b.detach()), x.dtype)
     shape = torch.broadcast_shapes(a.shape, b.shape, x.shape)
     found = torch.empty(shape, dtype=x.dtype)
     for out, values in zip(found.view(-1).split(_TILE), x.reshape(-1).split(_TILE), strict=True):
@@ -437,12 +439,12 @@ def _elementwise(a: Tensor, b: Tensor, x: Tensor, gradients: bool = False) -> _P
     The coefficients take tens of times the memory of the parameters, and values that stay in a core's cache
     are evaluated faster.
     """
-    one_pair = a.numel() == b.numel() == 1
+    one_pair = a.numel() == b.numel() == 1 and a.is_cpu and b.is_cpu
     if max(a.numel(), b.numel()) <= _CHUNK and not (one_pair and x.numel() > _TILE and x.is_cpu):
         return BetaCDF(a, b, x.dtype, gradients=gradients).parts(x)
     a, b, x = (a, b, x) if one_pair else torch.broadcast_tensors(a, b, x)
     if one_pair:
-        cdf = BetaCDF(a.reshape(()), b.reshape(()), x.dtype, gradients=gradients)
+        cdf = fixed_beta_cdf(float(a.detach()), float(b.detach()), x.dtype, gradients)
         parts = [cdf.parts(y) for y in torch.split(x.reshape(-1), _TILE)]
     else:
         chunks = (torch.split(t.reshape(-1), _CHUNK) for t in (a, b, x))

@@ -229,7 +229,7 @@ class Beta(ClosedFormPrior, td.Beta):
     ) -> PreparedCDF:
         a, b = parameters
         if not gradients and all(p.ndim == 0 and p.device.type == "cpu" for p in parameters):
-            return cdf_beta.fixed_beta_cdf(float(a), float(b), dtype, tails)
+            return cdf_beta.fixed_beta_cdf(float(a), float(b), dtype, tails=tails)
         return cdf_beta.BetaCDF(a, b, dtype, gradients=gradients, tails=tails)
 
     def cdf(self, value: Tensor) -> Tensor:

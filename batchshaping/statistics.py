@@ -45,6 +45,11 @@ __all__ = [
 # is bounded however many there are. Other devices take all at once.
 _TILE = 2**17
 
+# glibc keeps freed memory for the next request up to the size of the largest block it has seen freed, at most
+# 32 MiB. Below, it returns the intermediate results to the system after each step, and the page faults of
+# getting them back take a third of the time. So let it see one such block freed, which nobody wrote to.
+torch.empty(31 * 2**20, dtype=torch.uint8)
+
 
 class Samples:
     """The sorted samples of each array, of shape (..., N), and the plotting positions that belong to them.
