@@ -44,7 +44,7 @@ _LARGE_TOTAL = 8.0
 # and above this sum, float64.
 _FLOAT32_LIMIT = 112.0
 _CHUNK = 2**14
-_TILE = 2**17
+_TILE = 2**18
 _NEWTON_STEPS = 15
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
 

@@ -43,7 +43,7 @@ __all__ = [
 
 # Values evaluated at a time: few enough that the intermediate results stay in a core's cache, and that memory
 # is bounded however many there are. Other devices take all at once.
-_TILE = 2**17
+_TILE = 2**18
 
 # glibc keeps freed memory for the next request up to the size of the largest block it has seen freed, at most
 # 32 MiB. Below, it returns the intermediate results to the system after each step, and the page faults of
