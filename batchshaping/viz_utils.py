@@ -675,8 +675,8 @@ def plot_gt_pdf(
 
     Example:
         >>> line = plot_gt_pdf(Figure().add_subplot(), Prior.BETA, 2, 6, num_pts=3)
-        >>> line.get_ydata().round(4).tolist()
-        [0.2048, 0.6563, 0.0]
+        >>> line.get_ydata().round(3).tolist()
+        [0.205, 0.656, 0.0]
     """
     x = np.linspace(eps_clip_x, 1.0 - eps_clip_x, num_pts)
     density = _target_density(_named(prior, p1, p2), x)
