@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from batchshaping.cdf_beta import clip_density
+from batchshaping.cdf_beta import clip_density, to_front
 from batchshaping.checks import known_to_hold
 from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 from batchshaping.distributed import Collect, Columns, Deal, Group, resolve_group
@@ -131,13 +131,6 @@ class _ClosedFormLoss(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, x: Tensor, count: Tensor | None, *rest: Any) -> Any:
         current, statistic, prior, flags, *parameters = rest
         size, arrays = info.batch_size, x.ndim - 1 - (in_dims[0] is not None)
-
-        def to_front(tensor: Tensor, dim: int | None, ndim: int) -> Tensor:
-            if dim is None:
-                return tensor
-            tensor = tensor.movedim(dim, 0)
-            padding = [1] * (ndim - tensor.ndim + 1)
-            return tensor.reshape(size, *padding, *tensor.shape[1:])
 
         x = x.expand(size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         count = count if count is None else to_front(count, in_dims[1], arrays)

@@ -35,6 +35,7 @@ __all__ = [
     "fixed_beta_cdf",
     "get_beta_cdf_factory",
     "log_beta",
+    "to_front",
 ]
 
 # What float32 needs for a CDF good to 5e-7: above this size of a log(mean), exponents relative to the mean;
@@ -469,18 +470,20 @@ def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.sum_to_size(like.shape).to(like.dtype)
 
 
+def to_front(tensor: Tensor, dim: int | None, ndim: int) -> Tensor:
+    """Bring the dimension that vmap maps to the front, before ``ndim`` others; None changes nothing."""
+    if dim is None:
+        return tensor
+    tensor = tensor.movedim(dim, 0)
+    padding = [1] * (ndim - tensor.ndim + 1)
+    return tensor.reshape(tensor.shape[0], *padding, *tensor.shape[1:])
+
+
 def _elementwise_vmap(function: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Any:
     """Vmap of an elementwise function: bring the mapped dimension to the front of every operand."""
     mapped = [d is not None for d in in_dims]
     rank = max(t.ndim - m for t, m in zip(tensors, mapped, strict=True))
-    operands = []
-    for tensor, dim in zip(tensors, in_dims, strict=True):
-        if dim is not None:
-            tensor = tensor.movedim(dim, 0)
-            padding = [1] * (rank - tensor.ndim + 1)
-            tensor = tensor.reshape(tensor.shape[0], *padding, *tensor.shape[1:])
-        operands.append(tensor)
-    return function(*operands)
+    return function(*(to_front(t, d, rank) for t, d in zip(tensors, in_dims, strict=True)))
 
 
 class _ParameterGradients(torch.autograd.Function):
