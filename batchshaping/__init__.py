@@ -9,12 +9,24 @@ Example:
 
 from batchshaping.batch_shaping_loss import BatchShapingLoss, GeneralizedBatchShapingLoss, batch_shaping
 from batchshaping.cdf_beta import betainc, betaincinv
+from batchshaping.channel_gating.blocks import gate_resnet
+from batchshaping.channel_gating.multiply_adds import count_macs
+from batchshaping.channel_gating.resnets import (
+    gated_resnet18,
+    gated_resnet20,
+    gated_resnet32,
+    gated_resnet34,
+    gated_resnet50,
+    gated_resnet56,
+)
 from batchshaping.gates import (
     ChannelGate,
     Gate,
     binary_concrete,
+    gate_decisions,
     gate_probabilities,
     gate_statistics,
+    gates_forced,
     l0_penalty,
 )
 from batchshaping.priors import Beta, Normal, RelaxedBernoulli, SymBeta
@@ -36,7 +48,17 @@ __all__ = [
     "betainc",
     "betaincinv",
     "binary_concrete",
+    "count_macs",
+    "gate_decisions",
     "gate_probabilities",
+    "gate_resnet",
     "gate_statistics",
+    "gated_resnet18",
+    "gated_resnet20",
+    "gated_resnet32",
+    "gated_resnet34",
+    "gated_resnet50",
+    "gated_resnet56",
+    "gates_forced",
     "l0_penalty",
 ]

@@ -8,7 +8,8 @@ the losses that shape them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,28 +18,36 @@ from torch import Tensor, nn
 __all__ = [
     "ChannelGate",
     "Gate",
+    "GateCounts",
     "GateStatistics",
     "binary_concrete",
+    "gate_decisions",
     "gate_probabilities",
     "gate_statistics",
+    "gates_forced",
     "l0_penalty",
+    "named_gates",
 ]
 
 
-def binary_concrete(logits: Tensor, temperature: float = 2 / 3, training: bool = True) -> Tensor:
+def binary_concrete(
+    logits: Tensor, temperature: float = 2 / 3, training: bool = True, noise: float | Tensor = 1.0
+) -> Tensor:
     r"""Decide 0 or 1 at random by the logits, with the gradient of a relaxed decision.
 
     .. math::
-        s = \mathrm{sigmoid}\left( \frac{\log \alpha + \log u - \log(1 - u)}{t} \right), \qquad
+        s = \mathrm{sigmoid}\left( \frac{\log \alpha + \sigma (\log u - \log(1 - u))}{t} \right), \qquad
         u \sim \mathrm{Uniform}(0, 1)
 
-    Forward gives 1 where s > 1/2, which happens with probability sigmoid(log α), and 0 elsewhere; backward
-    uses the derivative of s (straight-through). Without training there is no noise: 1 iff log α > 0.
+    Forward gives 1 where s > 1/2, which happens with probability sigmoid(log α) if σ = 1, and 0 elsewhere;
+    backward uses the derivative of s (straight-through). Without training there is no noise: 1 iff log α > 0.
 
     Args:
         logits: log α, of any shape and floating dtype.
         temperature: t, positive; the higher, the smoother the gradient. Decisions do not depend on it.
         training: whether there is noise.
+        noise: its scale σ, not negative: 1 for the binary concrete distribution, 0 for none. A network that
+            ends its training at 0 meets in evaluation the decisions that it was trained on.
 
     Returns:
         Exact zeros and ones in the shape and dtype of the logits; NaN where the logit is.
@@ -66,7 +75,7 @@ def binary_concrete(logits: Tensor, temperature: float = 2 / 3, training: bool =
     # Half precision cannot tell a uniform number from 0 often enough.
     noisy = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if training:
-        noisy = noisy + torch.logit(torch.rand_like(noisy), eps=torch.finfo(noisy.dtype).eps)
+        noisy = noisy + noise * torch.logit(torch.rand_like(noisy), eps=torch.finfo(noisy.dtype).eps)
     relaxed = torch.sigmoid(noisy / temperature)
     # The difference is exactly 0, and NaN where it should be.
     return ((noisy > 0) + (relaxed - relaxed.detach())).to(logits.dtype)
@@ -79,19 +88,32 @@ class Gate(nn.Module):
 
     Args:
         temperature: temperature of the :func:`binary_concrete` decision.
+
+    Attributes:
+        noise: the scale of the decision's noise in training, a scalar tensor that a schedule may fill.
     """
 
+    noise: Tensor
     _logits: Tensor | None
+    _decisions: Tensor | None
+    _forced: _Forced | None
 
     def __init__(self, temperature: float = 2 / 3) -> None:
         super().__init__()
         self.temperature = temperature
-        self._logits = None
+        # A tensor, so that a schedule that changes it does not compile the network anew.
+        self.register_buffer("noise", torch.ones(()), persistent=False)
+        self._logits = self._decisions = self._forced = None
 
     def decide(self, logits: Tensor) -> Tensor:
         """Zeros and ones of the logits' shape: sampled in training, open iff the logit > 0 in evaluation."""
         self._logits = logits
-        return binary_concrete(logits, self.temperature, self.training)
+        if self._forced is None:
+            decisions = binary_concrete(logits, self.temperature, self.training, self.noise)
+        else:
+            decisions = self._forced(logits)
+        self._decisions = decisions
+        return decisions
 
     @property
     def probabilities(self) -> Tensor:
@@ -111,9 +133,66 @@ class Gate(nn.Module):
             )
         return torch.sigmoid(self._logits.flatten(1))
 
+    @property
+    def decisions(self) -> Tensor:
+        """What was decided in the last forward pass, zeros and ones of shape (N, gates), without a gradient.
+
+        Raises:
+            RuntimeError: if there was no forward pass.
+        """
+        if self._decisions is None:
+            raise RuntimeError("the gate has decided nothing before a forward pass")
+        return self._decisions.detach().flatten(1)
+
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles get: all but the last logits, since a graph cannot be copied."""
-        return {**self.__dict__, "_logits": None}
+        """What copies and pickles get: all but the last forward pass, since a graph cannot be copied."""
+        return {**self.__dict__, "_logits": None, "_decisions": None, "_forced": None}
+
+
+class _Forced:
+    """Decides at random, whatever the logits are."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        self.share = share
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        # On the CPU, so that every device gets the same gates.
+        uniform = torch.rand(logits.shape, generator=self.generator, dtype=torch.float64)
+        return (uniform < self.share).to(logits)
+
+
+@contextmanager
+def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None]:
+    """Let chance decide for the gates of a model, whatever they compute: for tests, benchmarks and what-if.
+
+    Args:
+        model: a module that holds :class:`Gate` s.
+        share: each gate is open for each example with this probability: 1 opens all, 0 closes all.
+        seed: of the decisions; the same seed and batches give the same decisions, on every device.
+
+    Raises:
+        ValueError: if the share is not in [0, 1] or the model has no gates.
+
+    Example:
+        >>> gate = ChannelGate(8, 4).eval()
+        >>> with gates_forced(gate, share=1.0):
+        ...     gate(torch.randn(2, 8))
+        tensor([[1., 1., 1., 1.],
+                [1., 1., 1., 1.]])
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], received {share}")
+    gates = named_gates(model).values()
+    before = [gate._forced for gate in gates]
+    forced = _Forced(share, seed)
+    try:
+        for gate in gates:
+            gate._forced = forced
+        yield
+    finally:
+        for gate, earlier in zip(gates, before, strict=True):
+            gate._forced = earlier
 
 
 class ChannelGate(Gate):
@@ -126,6 +205,7 @@ class ChannelGate(Gate):
         in_channels: channels of the features x that the gate reads.
         out_channels: channels that it switches.
         hidden: width of the MLP.
+        bias: added to the initial logits: the higher, the more channels are open at first; half of them at 0.
 
     Shape:
         x is (N, in_channels, ...) with any number of dimensions to pool over, or none. The gates are
@@ -145,14 +225,14 @@ class ChannelGate(Gate):
         (torch.Size([4, 32, 7, 7]), torch.Size([4, 32]))
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 16) -> None:
+    def __init__(self, in_channels: int, out_channels: int, hidden: int = 16, bias: float = 0.0) -> None:
         super().__init__()
         self.in_channels = in_channels
+        last = nn.Linear(hidden, out_channels)
+        with torch.no_grad():
+            last.bias.add_(bias)
         self.to_logits = nn.Sequential(
-            nn.Linear(in_channels, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, out_channels),
+            nn.Linear(in_channels, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), last
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,16 +264,55 @@ def gate_probabilities(model: nn.Module) -> list[Tensor]:
         >>> loss = sum(bs.batch_shaping(p, bs.Beta(0.6, 0.4), dim=0) for p in gate_probabilities(model))
         >>> loss.backward()
     """
+    return _read_gates(model, lambda gate: gate.probabilities)
+
+
+def gate_decisions(model: nn.Module) -> list[Tensor]:
+    """What all gates of a model decided in its last forward pass.
+
+    Args:
+        model: a module that holds :class:`Gate` s, in any depth.
+
+    Returns:
+        One tensor of zeros and ones, of shape (N, gates), a gate module, in the order of ``model.modules()``.
+
+    Raises:
+        ValueError: if the model has no gates.
+        RuntimeError: if a gate has not run yet.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32)).eval()
+        >>> gates = model(torch.randn(64, 1, 9, 9))
+        >>> bool((gate_decisions(model)[0] == gates.flatten(1)).all())
+        True
+    """
+    return _read_gates(model, lambda gate: gate.decisions)
+
+
+def named_gates(model: nn.Module) -> dict[str, Gate]:
+    """The gates of a model by the names of their modules.
+
+    Raises:
+        ValueError: if it has none.
+
+    Example:
+        >>> list(named_gates(nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32))))
+        ['1']
+    """
     gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
     if not gates:
         raise ValueError(f"model must hold at least one Gate, received a {type(model).__name__} without any")
-    probabilities = []
-    for name, gate in gates.items():
+    return gates
+
+
+def _read_gates(model: nn.Module, read: Callable[[Gate], Tensor]) -> list[Tensor]:
+    values = []
+    for name, gate in named_gates(model).items():
         try:
-            probabilities.append(gate.probabilities)
+            values.append(read(gate))
         except RuntimeError as error:
             raise RuntimeError(f"gate {name or type(gate).__name__!r}: {error}") from None
-    return probabilities
+    return values
 
 
 def l0_penalty(probabilities: Tensor | Sequence[Tensor]) -> Tensor:
@@ -252,14 +371,79 @@ def gate_statistics(decisions: Tensor | Sequence[Tensor]) -> GateStatistics:
         >>> gate_statistics(torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1]]))
         GateStatistics(always_on=0.25, always_off=0.25, conditional=0.5, mean_open=0.5)
     """
+    counts = GateCounts(classes=1)
     decisions = _all_gates(decisions)
-    is_open = decisions.bool()
-    wrong = decisions[(decisions != is_open)]
-    if len(wrong):
-        raise ValueError(f"decisions must be 0 or 1, received {wrong[0].item():.6g}")
-    always_on, always_off = is_open.all(dim=0), ~is_open.any(dim=0)
-    shares = (always_on, always_off, ~(always_on | always_off), is_open)
-    return GateStatistics(*(share.double().mean().item() for share in shares))
+    counts.update([decisions], torch.zeros(len(decisions), dtype=torch.long))
+    return counts.statistics()
+
+
+class GateCounts:
+    """Counts over a data set, batch by batch, how often each gate is open for each class.
+
+    Args:
+        classes: how many there are.
+
+    Attributes:
+        open: for each layer, in how many examples of each class each gate was open: integers of shape
+            (classes, gates).
+        examples: how many examples of each class there were, of shape (classes,).
+
+    Example:
+        >>> counts = GateCounts(classes=2)
+        >>> counts.update([torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])], torch.tensor([0, 1]))
+        >>> counts.open
+        [tensor([[1, 0, 1],
+                [1, 0, 0]])]
+        >>> counts.statistics().always_on
+        0.3333333333333333
+    """
+
+    open: list[Tensor]
+    examples: Tensor
+
+    def __init__(self, classes: int) -> None:
+        self.open = []
+        self.examples = torch.zeros(classes, dtype=torch.long)
+
+    def update(self, decisions: Sequence[Tensor], labels: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            decisions: zeros and ones of shape (N, gates) a layer, as :func:`gate_decisions` gives them.
+            labels: the examples' classes 0, 1, ..., of shape (N,).
+
+        Raises:
+            ValueError: if a decision is neither 0 nor 1.
+        """
+        labels = labels.to("cpu", torch.long)
+        batch = []
+        for layer in decisions:
+            is_open = layer.bool()
+            wrong = layer[layer != is_open]
+            if len(wrong):
+                raise ValueError(f"decisions must be 0 or 1, received {wrong[0].item():.6g}")
+            empty = torch.zeros(len(self.examples), layer.shape[1], dtype=torch.long)
+            batch.append(empty.index_add(0, labels, is_open.to("cpu", torch.long)))
+        self.open = [old + new for old, new in zip(self.open, batch, strict=True)] if self.open else batch
+        self.examples = self.examples + labels.bincount(minlength=len(self.examples))
+
+    def statistics(self, layer: int | None = None) -> GateStatistics:
+        """What the gates did over all examples so far.
+
+        Args:
+            layer: the index of one layer; all together by default.
+
+        Raises:
+            ValueError: if nothing was counted.
+        """
+        examples = self.examples.sum()
+        if examples == 0:
+            raise ValueError("there must be at least one example and one gate, received none")
+        layers = self.open if layer is None else [self.open[layer]]
+        total = torch.cat([counts.sum(dim=0) for counts in layers])
+        always_on, always_off = total == examples, total == 0
+        shares = (always_on, always_off, ~(always_on | always_off), total / examples)
+        return GateStatistics(*(share.double().mean().item() for share in shares))
 
 
 def _all_gates(layers: Tensor | Sequence[Tensor]) -> Tensor:
