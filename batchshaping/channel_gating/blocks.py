@@ -6,8 +6,8 @@ A gated block computes
     y = \mathrm{BN}(W_2 * (G(x) \cdot \mathrm{ReLU}(\mathrm{BN}(W_1 * x)))), \qquad
     x' = \mathrm{ReLU}(y + \mathrm{shortcut}(x))
 
-where the gates G(x) of 0 or 1 read the input x of the block. A bottleneck has two inner convolutions, and gates
-for both.
+where the gates G(x) of 0 or 1 read the input x of the block. A bottleneck has two inner convolutions and
+gates for both.
 """
 
 from __future__ import annotations

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Ramp"]
+__all__ = ["Cosine", "Ramp", "Schedule", "Steps"]
+
+Schedule = Callable[[float], float]
+"""A weight as a function of progress: the share of training that is done, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,37 @@ class Ramp:
         """The weight when this share of training is done."""
         share = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
         return self.first + (self.last - self.first) * share
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A factor that starts at 1 and falls by ten at each milestone.
+
+    Attributes:
+        milestones: shares of training.
+
+    Example:
+        >>> learning_rate = Steps((0.6, 0.75))
+        >>> [round(learning_rate(progress), 3) for progress in (0.0, 0.6, 0.8)]
+        [1.0, 0.1, 0.01]
+    """
+
+    milestones: tuple[float, ...]
+
+    def __call__(self, progress: float) -> float:
+        """The factor when this share of training is done."""
+        return float(0.1 ** sum(progress >= milestone for milestone in self.milestones))
+
+
+class Cosine:
+    """A factor that falls from 1 to 0 as half a cosine does.
+
+    Example:
+        >>> learning_rate = Cosine()
+        >>> [round(learning_rate(progress), 3) for progress in (0.0, 0.5, 1.0)]
+        [1.0, 0.5, 0.0]
+    """
+
+    def __call__(self, progress: float) -> float:
+        """The factor when this share of training is done."""
+        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2

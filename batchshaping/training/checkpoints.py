@@ -1,0 +1,128 @@
+"""Checkpoints as safetensors: tensors, and everything else as JSON in the header. Nothing is unpickled.
+
+A checkpoint is what Lightning gives: nested dictionaries and lists of tensors, numbers and text. It is one
+file, which replaces an earlier one as a whole: an interruption leaves the old or the new.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["SafeCheckpoints", "read_checkpoint", "write_checkpoint"]
+
+_TENSOR, _PAIRS = "$tensor", "$pairs"
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write nested dictionaries and lists of tensors, numbers, text and None, as a whole or not at all.
+
+    Args:
+        checkpoint: what to write; tuples come back as lists.
+        path: the file; an earlier one is replaced.
+
+    Raises:
+        TypeError: if something else is in the checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "checkpoint.safetensors"
+        >>> write_checkpoint({"step": 3, "state": {0: torch.ones(2)}}, path)
+        >>> read_checkpoint(path)
+        {'step': 3, 'state': {0: tensor([1., 1.])}}
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _without_tensors(checkpoint, "", tensors)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={"checkpoint": json.dumps(tree)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read what :func:`write_checkpoint` wrote.
+
+    Args:
+        path: the file.
+        map_location: the device of the tensors.
+
+    Raises:
+        ValueError: in one line that names the file, if it cannot be read or is no such checkpoint.
+    """
+    try:
+        device = str(map_location) if isinstance(map_location, str | torch.device) else "cpu"
+        with safe_open(path, framework="pt", device=device) as file:
+            tree = json.loads(file.metadata()["checkpoint"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checkpoint = _with_tensors(tree, tensors)
+        assert isinstance(checkpoint, dict)
+        return checkpoint
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise ValueError(f"{path}: expected a checkpoint of batchshaping, received something else") from None
+
+
+class SafeCheckpoints(CheckpointIO):
+    """What Lightning saves and loads checkpoints with."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path), "cpu")
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The same in what JSON has, with the tensors collected by name."""
+    if isinstance(value, Tensor):
+        while name in tensors or not name:  # different paths can read alike: "a.b" and "b" in "a"
+            name += "'"
+        # A copy where memory is shared, which the format does not allow.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        pairs = [(key, _without_tensors(item, _path(name, key), tensors)) for key, item in value.items()]
+        plain = all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs)
+        return dict(pairs) if plain else {_PAIRS: [list(pair) for pair in pairs]}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(item, _path(name, index), tensors) for index, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    received = f"a {type(value).__name__} at {name}"
+    raise TypeError(f"a checkpoint must hold tensors, numbers and text, received {received}")
+
+
+def _path(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _with_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_with_tensors(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        return tensors[tree[_TENSOR]]
+    pairs = tree[_PAIRS] if _PAIRS in tree else tree.items()
+    return {key: _with_tensors(item, tensors) for key, item in pairs}

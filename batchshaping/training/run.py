@@ -1,0 +1,278 @@
+"""A run and its folder: train, be interrupted, go on, evaluate.
+
+A folder holds
+
+========================== ==========================================================================
+``config.yaml``            every setting, from which the run can be repeated
+``history.json``           what there is to tell of each epoch
+``checkpoint.safetensors`` the state at the end of the last epoch, from which the run goes on
+``model.safetensors``      the trained weights
+``result.json``            everything that the report shows
+``logs``                   losses and accuracies step by step
+========================== ==========================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import batchshaping
+from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint
+from batchshaping.training.config import RunConfig, read_config, write_config
+from batchshaping.training.data import load_data
+from batchshaping.training.evaluation import evaluate
+from batchshaping.training.module import DataModule, GatedClassifier, make_network
+
+__all__ = ["RunError", "evaluate_run", "read_result", "resume", "train"]
+
+CONFIG = "config.yaml"
+HISTORY = "history.json"
+CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model.safetensors"
+RESULT = "result.json"
+
+
+class RunError(Exception):
+    """Says in one line what is wrong with a folder of a run."""
+
+
+def train(config: RunConfig, output: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Train a network and evaluate it.
+
+    Args:
+        config: every setting.
+        output: the folder of the run, made if need be; see above for what it will hold.
+        progress: whether to show how far the training is.
+
+    Returns:
+        The result, as ``result.json`` holds it. Ranks other than the first get an empty one.
+
+    Raises:
+        RunError: if the folder holds a run already.
+        DataError: if the data is not what it should be.
+        ValueError: if the budget cannot be reached.
+    """
+    module = _module(config)
+    if _is_first_rank():
+        if (output / CONFIG).exists():
+            raise RunError(f"{output} already holds a run; resume it, or choose another folder")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_config(config, output / CONFIG)
+        except OSError as error:
+            raise RunError(f"{output}: {error.strerror or error}, expected a folder to write to") from None
+    return _fit(module, output, None, progress)
+
+
+def resume(output: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Go on with a run that was interrupted, to the result it would have had.
+
+    Args:
+        output: the folder of the run.
+        progress: whether to show how far the training is.
+
+    Returns:
+        The result, as ``result.json`` holds it; at once if the run is finished.
+
+    Raises:
+        RunError: if the folder holds no run, or a checkpoint that cannot be read.
+    """
+    config = _config(output)
+    if (output / RESULT).exists():
+        return read_result(output)
+    checkpoint = output / CHECKPOINT
+    if checkpoint.exists():
+        try:
+            read_checkpoint(checkpoint)
+        except ValueError as error:
+            raise RunError(error) from None
+    return _fit(_module(config), output, checkpoint if checkpoint.exists() else None, progress)
+
+
+def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
+    """Evaluate the trained network of a run on its test images.
+
+    Args:
+        output: the folder of the run.
+        settings: replace those of the run, such as ``data_folder``.
+
+    Returns:
+        The figures of :func:`~batchshaping.training.evaluation.evaluate`.
+
+    Raises:
+        RunError: if the folder holds no trained network.
+        DataError: if the data is not what it should be.
+    """
+    config = _config(output, **settings)
+    data = load_data(config)
+    network = make_network(config, len(data.classes), data.shape[0])
+    path = output / MODEL
+    try:
+        network.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file; the run is not finished") from None
+    except (SafetensorError, RuntimeError, OSError):
+        raise RunError(f"{path}: expected weights of the network in {CONFIG}, received others") from None
+    return evaluate(network, data)
+
+
+def read_result(output: Path) -> dict[str, Any]:
+    """The result of a run.
+
+    Args:
+        output: the folder of the run, or a file like the ``result.json`` in it.
+
+    Raises:
+        RunError: in one line, if it cannot be read.
+    """
+    path = output / RESULT if output.is_dir() else output
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from None
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or not {"accuracy", "config", "cost", "history"} <= result.keys():
+        raise RunError(f"{path}: expected the result of a run, received something else")
+    return result
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is the first of all, which is told by Lightning before it has a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _config(output: Path, **settings: Any) -> RunConfig:
+    if not (output / CONFIG).exists():
+        raise RunError(f"{output}: expected the folder of a run, with {CONFIG} in it")
+    return read_config(output / CONFIG, **settings)
+
+
+def _module(config: RunConfig) -> GatedClassifier:
+    data = load_data(config)
+    torch.manual_seed(config.seed)
+    return GatedClassifier(config, data)
+
+
+def _fit(module: GatedClassifier, output: Path, checkpoint: Path | None, progress: bool) -> dict[str, Any]:
+    started = time.monotonic()
+    config = module.config
+    with _quiet():
+        trainer = pl.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy="ddp" if config.devices * config.nodes > 1 else "auto",
+            precision=config.precision,
+            max_epochs=config.epochs,
+            accumulate_grad_batches=config.accumulate,
+            sync_batchnorm=config.sync_batch_norm,
+            check_val_every_n_epoch=config.evaluate_every,
+            log_every_n_steps=config.log_every,
+            logger=_LOGGERS[config.logger](output),
+            callbacks=[*_callbacks(output), *[TQDMProgressBar(refresh_rate=10)] * progress],
+            plugins=[SafeCheckpoints()],
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            # Each epoch's own seed is given to what loads the images.
+            reload_dataloaders_every_n_epochs=1,
+        )
+        trainer.fit(module, DataModule(config, module.data), ckpt_path=checkpoint)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.global_rank > 0:
+        return {}
+    network = module.network.to("cpu", torch.float64 if config.precision == "64" else torch.float32)
+    _write_weights(network, output / MODEL)
+    result = {
+        "config": config.model_dump(mode="json"),
+        "versions": {
+            "batchshaping": batchshaping.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "classes": list(module.data.classes),
+        "seconds": round(time.monotonic() - started, 1),
+        **evaluate(network, module.data),
+        "history": module.history,
+    }
+    _write_json(result, output / RESULT)
+    return result
+
+
+def _no_logger(output: Path) -> bool:
+    return False
+
+
+_LOGGERS: dict[str, Any] = {
+    "csv": lambda output: CSVLogger(output, name="logs"),
+    "tensorboard": lambda output: TensorBoardLogger(output, name="logs"),
+    "none": _no_logger,
+}
+
+
+def _callbacks(output: Path) -> list[Callback]:
+    checkpoints = ModelCheckpoint(
+        output, Path(CHECKPOINT).stem, enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    checkpoints.FILE_EXTENSION = Path(CHECKPOINT).suffix
+    return [checkpoints, _WriteHistory(output / HISTORY)]
+
+
+class _WriteHistory(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, GatedClassifier)
+        _write_json(module.history, self.path)
+
+
+def _write_json(content: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(path)
+
+
+def _write_weights(network: nn.Module, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, partial)
+    partial.replace(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of its own business."""
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
