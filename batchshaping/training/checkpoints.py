@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 __all__ = ["SafeCheckpoints", "read_checkpoint", "write_checkpoint"]
@@ -44,8 +44,9 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     tree = _without_tensors(checkpoint, "", tensors)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata={"checkpoint": json.dumps(tree)})
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:
+            file.write(save(tensors, metadata={"checkpoint": json.dumps(tree)}))
+            file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:

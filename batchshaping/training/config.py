@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-__all__ = ["IMAGENET_NETWORKS", "NETWORKS", "RunConfig", "read_config", "write_config"]
+__all__ = [
+    "DATASETS",
+    "IMAGENET_NETWORKS",
+    "NETWORKS",
+    "SECTIONS",
+    "SMALL_IMAGE_NETWORKS",
+    "RunConfig",
+    "read_config",
+    "write_config",
+]
 
 SMALL_IMAGE_NETWORKS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
 """Networks for small images, with their depth."""
@@ -21,6 +30,15 @@ NETWORKS = (*SMALL_IMAGE_NETWORKS, *IMAGENET_NETWORKS)
 
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
 """The known data sets."""
+
+SECTIONS = {
+    "network": "Network",
+    "data": "Data",
+    "budget": "Gates: what the objective asks of them",
+    "epochs": "Optimization",
+    "accelerator": "Machine and log",
+}
+"""Headings of the settings, each by the first one that it stands above."""
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -46,7 +64,7 @@ class RunConfig(BaseModel):
     Example:
         >>> config = RunConfig(network="resnet20", budget=0.3)
         >>> config.epochs, config.shaping
-        (60, 0.75)
+        (40, 0.75)
         >>> RunConfig(budget=-1)
         Traceback (most recent call last):
         ...
@@ -85,9 +103,9 @@ class RunConfig(BaseModel):
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load images; data sets that fit in memory need none."""
 
-    budget: _Share = 0.0
+    budget: _Share = 0.4
     """Share of the ungated network's multiply-adds (or of open gates) above which cost is penalized."""
-    penalty: _NotNegative = 0.5
+    penalty: _NotNegative = 3.0
     """Weight of the cost above the budget, once it is fully there."""
     penalty_begin: _Share = 0.2
     """Share of training after which the penalty begins to rise."""
@@ -104,7 +122,7 @@ class RunConfig(BaseModel):
     noise_end: Annotated[float, Field(gt=0, le=1)] | None = 0.7
     """Share of training after which the gates' noise has faded out; null keeps it."""
 
-    epochs: _Count = 60
+    epochs: _Count = 40
     """How often every training image is seen."""
     batch_size: _Count = 64
     """Images in a step, of all devices and accumulated batches together."""
@@ -147,6 +165,14 @@ class RunConfig(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise ValueError(_one_line(error)) from None
+
+    @field_validator("prior", "milestones", "noise_end", mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        """From a command line: several numbers as 0.6,0.4 and no number as none."""
+        if isinstance(value, str) and "," in value:
+            return value.split(",")
+        return None if value == "none" else value
 
     @field_validator("network")
     @classmethod

@@ -27,10 +27,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 import batchshaping
@@ -53,7 +54,7 @@ class RunError(Exception):
     """Says in one line what is wrong with a folder of a run."""
 
 
-def train(config: RunConfig, output: Path, *, progress: bool = True) -> dict[str, Any]:
+def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[str, Any]:
     """Train a network and evaluate it.
 
     Args:
@@ -81,7 +82,7 @@ def train(config: RunConfig, output: Path, *, progress: bool = True) -> dict[str
     return _fit(module, output, None, progress)
 
 
-def resume(output: Path, *, progress: bool = True) -> dict[str, Any]:
+def resume(output: Path, *, progress: bool = False) -> dict[str, Any]:
     """Go on with a run that was interrupted, to the result it would have had.
 
     Args:
@@ -187,7 +188,7 @@ def _fit(module: GatedClassifier, output: Path, checkpoint: Path | None, progres
             check_val_every_n_epoch=config.evaluate_every,
             log_every_n_steps=config.log_every,
             logger=_LOGGERS[config.logger](output),
-            callbacks=[*_callbacks(output), *[TQDMProgressBar(refresh_rate=10)] * progress],
+            callbacks=[*_callbacks(output), *[_OneBar(leave=False)] * progress],
             plugins=[SafeCheckpoints()],
             enable_progress_bar=progress,
             enable_model_summary=False,
@@ -238,6 +239,20 @@ def _callbacks(output: Path) -> list[Callback]:
     return [checkpoints, _WriteHistory(output / HISTORY)]
 
 
+class _OneBar(TQDMProgressBar):
+    """A bar for each epoch of training, with what the network can do and what it spends."""
+
+    def init_validation_tqdm(self) -> Tqdm:
+        bar = super().init_validation_tqdm()
+        bar.disable = True
+        return bar
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
 class _WriteHistory(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -256,7 +271,7 @@ def _write_json(content: Any, path: Path) -> None:
 
 def _write_weights(network: nn.Module, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, partial)
+    partial.write_bytes(save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
     partial.replace(path)
 
 

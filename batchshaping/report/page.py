@@ -1,0 +1,377 @@
+"""The report of trained runs: one HTML page that needs no network, with everything in ``result.json``.
+
+What is text is written by the template, which escapes it. What is drawn goes into the page once as JSON, and
+the page's own script draws it with plotly.js; a text in it that plotly shows is escaped for plotly here.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from batchshaping.priors import Beta
+
+__all__ = ["prior_masses", "report_html", "write_report"]
+
+KINDS = ("ungated", "gates with L0 only", "gates with batch-shaping")
+"""What a run can be, in the order of the legend."""
+
+_NETWORK_AND_DATA = (
+    "network",
+    "width",
+    "stem_stride",
+    "data",
+    "data_folder",
+    "image_size",
+    "train_images",
+)
+"""Settings in which an ungated run must be equal to be what a gated run is compared with."""
+
+
+def write_report(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write the report of some runs to a file.
+
+    Args:
+        results: for the name of each run, what its ``result.json`` holds.
+        path: the file, replaced if it is there.
+
+    Raises:
+        ValueError: in one line that names the run, if something is missing in its result.
+        OSError: if the file cannot be written.
+    """
+    path.write_text(report_html(results), encoding="utf-8", errors="replace")
+
+
+def report_html(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The report of some runs, as one HTML page.
+
+    Args:
+        results: for the name of each run, what its ``result.json`` holds.
+
+    Raises:
+        ValueError: in one line that names the run, if something is missing in its result.
+
+    Example:
+        >>> report_html({"first": {"accuracy": 0.9}})
+        Traceback (most recent call last):
+        ...
+        ValueError: 'first': expected the result of a run, received one without 'config'
+    """
+    if not results:
+        raise ValueError("expected the results of at least one run, received none")
+    runs = [_run(name, result) for name, result in results.items()]
+    gated = [run for run in runs if run.gates]
+    template = _environment().get_template("page.html")
+    return template.render(
+        headline=_headline(runs),
+        runs=runs,
+        gated=gated,
+        chosen=runs.index((gated or runs)[0]),
+        references=[_reference(run, runs) for run in runs],
+        differing=_differing(runs),
+        data={"kinds": KINDS, "groups": _groups(runs), "runs": [run.figures for run in runs]},
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def prior_masses(prior: Sequence[float], bins: int) -> list[float]:
+    """The mass of a Beta prior in each of some bins of equal width over [0, 1].
+
+    Args:
+        prior: the two concentrations.
+        bins: how many there are.
+
+    Example:
+        >>> prior_masses((1, 1), bins=4)
+        [0.25, 0.25, 0.25, 0.25]
+    """
+    # The density may be infinite at the ends; the mass of a bin is not.
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)
+    masses: list[float] = Beta(*prior).cdf(edges).diff().tolist()
+    return masses
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the page shows of a run.
+
+    Attributes:
+        name: of the run.
+        config: every setting.
+        versions: of the software that trained it.
+        accuracy: on the test images.
+        spent: mean multiply-adds of a test image.
+        dense: multiply-adds of the same network without gates.
+        gates: shares of gates always on, conditional and always off, and of open ones; empty without gates.
+        quantiles: of the multiply-adds, over the test images.
+        extremes: images with the least and with the most multiply-adds.
+        figures: what is drawn, in what JSON has.
+    """
+
+    name: str
+    config: dict[str, Any]
+    versions: dict[str, Any]
+    accuracy: float
+    spent: float
+    dense: float
+    gates: dict[str, float]
+    quantiles: list[float]
+    extremes: dict[str, list[dict[str, Any]]]
+    figures: dict[str, Any]
+
+    @property
+    def share(self) -> float:
+        """Of the multiply-adds of the ungated network."""
+        return self.spent / self.dense
+
+    @property
+    def kind(self) -> int:
+        """The index among the kinds."""
+        if not self.gates:
+            return 0
+        return 2 if self.config["shaping"] else 1
+
+    @cached_property
+    def recipe(self) -> str:
+        """Equal for runs that differ by their seed only."""
+        return json.dumps({**self.config, "seed": None}, sort_keys=True)
+
+    @cached_property
+    def network_and_data(self) -> str:
+        """Equal for runs that can be compared."""
+        return json.dumps([self.config.get(name) for name in _NETWORK_AND_DATA])
+
+
+def _run(name: str, result: Mapping[str, Any]) -> _Run:
+    try:
+        run = _Run(
+            name=name,
+            config=result["config"],
+            versions=result["versions"],
+            accuracy=float(result["accuracy"]),
+            spent=float(result["multiply_adds"]),
+            dense=float(result["cost"]["dense"]),
+            gates=_gates(result["gates"]),
+            quantiles=[float(quantile) for quantile in result["quantiles"]],
+            extremes={which: [_image(image) for image in result[which]] for which in ("least", "most")},
+            figures=_figures(result),
+        )
+        # Everything else is derived from these, and the page can have no number that JSON has not.
+        json.dumps([run.share, run.recipe, run.config["seed"], run.kind, run.figures], allow_nan=False)
+    except KeyError as error:
+        received = f"one without {error}"
+    except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError):
+        received = "something else"
+    else:
+        return run
+    raise ValueError(f"{name!r}: expected the result of a run, received {received}")
+
+
+_SHARES = ("always_on", "conditional", "always_off", "mean_open")
+
+
+def _gates(gates: Mapping[str, float] | None) -> dict[str, float]:
+    return {share: float(gates[share]) for share in _SHARES} if gates else {}
+
+
+def _image(image: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: image[name] for name in ("label", "predicted", "multiply_adds", "png")}
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    layers = [_layer(layer) for layer in result["layers"]]
+    bins = len(layers[0]["histogram"]) if layers else 0
+    return {
+        "dense": result["cost"]["dense"],
+        "layers": layers,
+        "prior": prior_masses(result["config"]["prior"], bins) if layers else [],
+        "epochs": [
+            {
+                **{
+                    name: epoch[name]
+                    for name in ("epoch", "accuracy", "multiply_adds", "shaping", "penalty", "noise")
+                },
+                "gates": _gates(epoch["gates"]),
+                "histograms": [layer["histogram"] for layer in epoch["layers"]],
+            }
+            for epoch in result["history"]
+        ],
+        "classes": [
+            {
+                "label": _for_plotly(figures["name"]),
+                **{name: figures[name] for name in ("examples", "accuracy", "multiply_adds", "open")},
+            }
+            for figures in result["by_class"]
+        ],
+    }
+
+
+def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {name: layer[name] for name in ("name", "gates", *_SHARES, "histogram")}
+    return {**shown, "label": _for_plotly(layer["name"])}
+
+
+# Runs beside each other
+
+
+def _reference(run: _Run, runs: Iterable[_Run]) -> float | None:
+    """The accuracy of a gated run's network without gates on the same data, if there is a run of it."""
+    accuracies = [
+        other.accuracy
+        for other in runs
+        if run.gates and not other.gates and other.network_and_data == run.network_and_data
+    ]
+    return fmean(accuracies) if accuracies else None
+
+
+def _headline(runs: Sequence[_Run]) -> str:
+    """What was saved at which accuracy, in a sentence."""
+    gated = [run for run in runs if run.gates]
+    shown = gated or list(runs)
+    references = [(run, _reference(run, runs)) for run in shown]
+    points = [100 * (run.accuracy - accuracy) for run, accuracy in references if accuracy is not None]
+    accuracy = f"{_between([100 * run.accuracy for run in shown], '.1f')}% accuracy"
+    if not gated:
+        return f"{_count(runs, 'ungated run')} with {accuracy}"
+    saved = f"{_between([100 * (1 - run.share) for run in gated], '.1f')}% of the multiply-adds"
+    price = f"{_between(points, '+.1f')} points of accuracy" if len(points) == len(gated) else accuracy
+    return f"{_count(gated, 'gated run')} saving {saved}, at {price}"
+
+
+def _count(runs: Sequence[_Run], what: str) -> str:
+    return f"A{'n' * what.startswith('u')} {what}" if len(runs) == 1 else f"{len(runs)} {what}s"
+
+
+def _between(values: Sequence[float], form: str) -> str:
+    ends = dict.fromkeys(_number(end, form) for end in (min(values), max(values)))
+    return " to ".join(ends)
+
+
+def _groups(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """Runs that differ by their seed only, with their means and standard deviations."""
+    positions = {recipe: i for i, recipe in enumerate(dict.fromkeys(run.recipe for run in runs))}
+    members = [
+        [*group]
+        for _, group in groupby(
+            sorted(runs, key=lambda run: positions[run.recipe]), key=lambda run: run.recipe
+        )
+    ]
+    return [
+        {
+            "kind": group[0].kind,
+            "data": group[0].config.get("data"),
+            "accuracy": _spread([run.accuracy for run in group]),
+            "multiply_adds": _spread([run.spent for run in group]),
+            "hover": _group_hover(group),
+            "runs": [
+                {"accuracy": run.accuracy, "multiply_adds": run.spent, "hover": _group_hover([run])}
+                for run in group
+            ],
+        }
+        for group in members
+    ]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": fmean(values), "deviation": stdev(values) if len(values) > 1 else 0.0}
+
+
+def _group_hover(group: Sequence[_Run]) -> str:
+    """All that there is to tell of a group, one thing a line."""
+    first = group[0]
+    config = first.config
+    names = [_for_plotly(run.name, 40) for run in group]
+    title = names[0] if len(group) == 1 else f"mean of {len(group)} seeds"
+    network = [config.get("network"), f"width {config.get('width')}", config.get("data")]
+    lines = [
+        f"<b>{title}</b>",
+        *(", ".join(names[i : i + 3]) for i in range(0, len(names), 3) if len(group) > 1),
+        ", ".join(_for_plotly(part) for part in network),
+        KINDS[first.kind],
+        f"accuracy {_mean(group, 'accuracy', _percent)}",
+        f"multiply-adds {_mean(group, 'spent', _si)}",
+        f"{_mean(group, 'share', _percent)} of the ungated network's",
+    ]
+    if first.gates:
+        lines += [
+            f"{share.replace('_', ' ')} {_percent(fmean(run.gates[share] for run in group))}"
+            for share in ("conditional", "always_on", "always_off")
+        ]
+    return "<br>".join(lines)
+
+
+def _mean(group: Sequence[_Run], figure: str, form: Any) -> str:
+    spread = _spread([getattr(run, figure) for run in group])
+    return f"{form(spread['mean'])} ± {form(spread['deviation'])}" if len(group) > 1 else form(spread["mean"])
+
+
+def _differing(runs: Sequence[_Run]) -> set[str]:
+    """Settings that are not the same in all runs."""
+    names = {name for run in runs for name in run.config}
+    return {name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1}
+
+
+# Texts
+
+
+def _number(value: float, form: str) -> str:
+    """With a minus sign where it is one, and none on what rounds to zero."""
+    text = f"{value:{form}}"
+    if not float(text):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    return f"{_number(100 * share, '.1f')}%"
+
+
+def _points(difference: float) -> str:
+    """A difference of accuracies, in points."""
+    return _number(100 * difference, "+.1f")
+
+
+def _si(value: float) -> str:
+    """With three digits and an SI prefix, as plotly writes it on an axis."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 999.5:
+            break
+        value /= 1000
+    digits = max(0, 2 - len(str(int(abs(value)))) + 1) if prefix else 0
+    return f"{value:.{digits}f}{prefix}"
+
+
+def _setting(value: Any) -> str:
+    """A setting as it is written in YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _for_plotly(text: object, limit: int = 24) -> str:
+    """A text that plotly shows as it is, where it would read tags; shortened where it has no end."""
+    text = " ".join(str(text).split())
+    return html.escape(text if len(text) <= limit else f"{text[: limit - 1]}…", quote=False)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    environment.filters |= {"percent": _percent, "points": _points, "setting": _setting, "si": _si}
+    return environment

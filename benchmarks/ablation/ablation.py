@@ -1,0 +1,206 @@
+"""Accuracy against multiply-adds on Fashion-MNIST: ungated networks, L0-only gates, and gates with the loss.
+
+``python benchmarks/ablation/ablation.py`` trains what is not yet in ``results``, two runs at a time, and then
+writes the table, the figure and the report. Finished runs are small files there, so that it can be interrupted
+at any time. ``--quick`` trains a tenth of the images with one seed, into a folder that is thrown away, in about
+ten minutes. ``--summary`` trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from batchshaping.report.page import report_html
+from batchshaping.training.config import RunConfig
+from batchshaping.training.run import read_result, train
+from batchshaping.viz_utils import COLORS, house_style
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from guide import table, write_table
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+SEEDS = (0, 1, 2)
+WIDTHS = (2, 4, 8, 12, 16)
+BUDGETS = (0.06, 0.1, 0.25, 0.5)
+
+# What all runs share. The schedules end well before the training does, so that it ends with the gates it has.
+SHARED = {
+    "data": "fashion-mnist",
+    "network": "resnet8",
+    "stem_stride": 2,
+    "epochs": 8,
+    "batch_size": 128,
+    "schedule": "cosine",
+    "logger": "none",
+}
+GATED = {"width": 16, "penalty": 5.0}
+
+ARMS: dict[str, dict[str, Any]] = {
+    **{f"ungated-{width}": {"gated": False, "width": width} for width in WIDTHS},
+    **{f"l0-{budget}": {**GATED, "budget": budget, "shaping": 0.0} for budget in BUDGETS},
+    **{f"bas-{budget}": {**GATED, "budget": budget} for budget in BUDGETS},
+}
+KINDS = {"ungated": "ungated", "l0": "gated, L0 only", "bas": "gated, batch-shaping"}
+
+
+def runs(quick: bool) -> Iterator[tuple[str, RunConfig]]:
+    """Every run by its name, seed by seed, so that each finished seed is a whole curve."""
+    for seed in SEEDS[:1] if quick else SEEDS:
+        for arm, settings in ARMS.items():
+            fewer = {"train_images": 6000, "epochs": 6, "batch_size": 64} if quick else {}
+            yield f"{arm}-seed{seed}", RunConfig(**{**SHARED, **settings, **fewer, "seed": seed})
+
+
+def finished(path: Path, config: RunConfig) -> bool:
+    """Whether there is a result of this very configuration."""
+    return path.exists() and json.loads(path.read_text())["config"] == config.model_dump(mode="json")
+
+
+def run(name: str, config: RunConfig, folder: Path) -> str:
+    """Train, and keep what the report shows; the images only once."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        result = train(config, Path(scratch) / "run")
+    if config.seed != SEEDS[0]:
+        result["least"] = result["most"] = []
+    partial = folder / f".{name}.partial"
+    partial.write_text(json.dumps(_rounded(result), separators=(",", ":")) + "\n")
+    partial.replace(folder / f"{name}.json")
+    return f"{name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
+
+
+def _rounded(value: Any) -> Any:
+    """With five digits, which is what a figure shows."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def by_arm(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The results of each arm, over its seeds."""
+    arms = defaultdict(list)
+    for name, result in results.items():
+        arms[name.rpartition("-seed")[0]].append(result)
+    return {arm: arms[arm] for arm in ARMS if arm in arms}
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def summarize(arms: dict[str, list[dict[str, Any]]]) -> str:
+    """The table, one row an arm."""
+    rows = []
+    for arm, results in arms.items():
+        kind, _, setting = arm.partition("-")
+        gates = [result["gates"] for result in results if result["gates"]]
+        rows.append(
+            [
+                KINDS[kind],
+                f"width {setting}" if kind == "ungated" else f"{float(setting):.0%}",
+                spread([result["multiply_adds"] / 1e6 for result in results], 3),
+                spread([100 * result["accuracy"] for result in results], 2),
+                *(
+                    spread([100 * gate[share] for gate in gates], 0) if gates else ""
+                    for share in ("conditional", "always_on", "always_off")
+                ),
+            ]
+        )
+    header = ["network", "width or budget", "million multiply-adds", "test accuracy, %"]
+    return table([*header, "conditional, %", "always on, %", "always off, %"], rows)
+
+
+def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Accuracy against multiply-adds, with the standard deviation over seeds."""
+    with house_style():
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for (kind, label), color, marker in zip(KINDS.items(), COLORS, "sov", strict=False):
+            points = sorted(
+                (
+                    [statistics.fmean(r["multiply_adds"] / 1e6 for r in results) for _ in (0,)]
+                    + [statistics.fmean(100 * r["accuracy"] for r in results)]
+                    + [statistics.pstdev([100 * r["accuracy"] for r in results])]
+                )
+                for arm, results in arms.items()
+                if arm.partition("-")[0] == kind
+            )
+            macs, accuracies, deviations = zip(*points, strict=True)
+            axes.errorbar(
+                macs, accuracies, deviations, label=label, color=color, marker=marker, capsize=3, markersize=5
+            )
+        axes.set(
+            xscale="log", xlabel="million multiply-adds an image, mean over the test set", ylabel="test accuracy, %"
+        )
+        axes.legend(loc="lower right")
+    return figure
+
+
+def main() -> None:
+    """Run what is missing and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the images, one seed")
+    parser.add_argument("--summary", action="store_true", help="train nothing")
+    parser.add_argument("--output", type=Path, help="folder of the results")
+    arguments = parser.parse_args()
+    folder = arguments.output or (ROOT / "outputs" / "ablation-quick" if arguments.quick else HERE / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = dict(runs(arguments.quick))
+    if not arguments.summary:
+        train_missing(wanted, folder)
+    results = {
+        name: read_result(folder / f"{name}.json")
+        for name, config in wanted.items()
+        if finished(folder / f"{name}.json", config)
+    }
+    print(f"{len(results)} of {len(wanted)} runs are finished")
+    arms = by_arm(results)
+    print(summarize(arms))
+    figure = draw(arms)
+    if arguments.quick or arguments.output:
+        figure.savefig(folder / "ablation.svg")
+    else:
+        figure.savefig(ROOT / "docs" / "figures" / "ablation.svg")
+        write_table(ROOT / "docs" / "channel_gating.md", "ablation", summarize(arms))
+    page = folder / "ablation.html"
+    page.write_text(report_html(results), encoding="utf-8")
+    print(f"wrote {page}")
+
+
+def train_missing(wanted: dict[str, RunConfig], folder: Path) -> None:
+    """Two runs at a time, each on its own core."""
+    missing = {n: c for n, c in wanted.items() if not finished(folder / f"{n}.json", c)}
+    if not missing:
+        return
+    workers = min(len(missing), os.cpu_count() or 1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+        waiting = [pool.submit(run, name, config, folder) for name, config in missing.items()]
+        for done, future in enumerate(as_completed(waiting), start=1):
+            print(f"{done}/{len(missing)} {future.result()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
