@@ -8,10 +8,10 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: bench help env demo figures guide test lint types unit notebooks docs format clean
+.PHONY: ablation ablation-quick bench help env demo figures guide test lint types unit notebooks docs format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(env) ## Create the environment and install the package with all extras
 
@@ -50,6 +50,12 @@ guide: $(env) ## Measure all statistics anew and write the tables and figures of
 bench: $(env) ## Measure this package beside its peers and write benchmarks/results
 	$(run) pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	$(VENV)/bin/python benchmarks/bench.py
+
+ablation: $(env) ## Train what is missing of the ablation on Fashion-MNIST (hours; resumable) and write what came of it
+	$(VENV)/bin/python benchmarks/ablation/ablation.py
+
+ablation-quick: $(env) ## The same in ten minutes: a tenth of the images, one seed, results to outputs/
+	$(VENV)/bin/python benchmarks/ablation/ablation.py --quick
 
 format: $(env) ## Format the code and fix what can be fixed
 	$(run) ruff check --fix

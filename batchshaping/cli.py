@@ -63,7 +63,7 @@ with _extras():
     import rich.box
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
     from batchshaping.training.config import SECTIONS, RunConfig, read_config
@@ -294,18 +294,13 @@ def demo(
     Takes about half a minute, and no connection to a network.
     """
     with _extras():
-        from batchshaping.training.demo import Outcome, draw, train
+        from batchshaping.training.demo import draw, train
     _prepare(output, ["gates.png"], force=True)
 
-    outcomes: list[Outcome] = []
-    with _progress() as bar:
-        for shaped in (False, True):
-            task = bar.add_task("with the loss" if shaped else "without the loss", total=epochs)
-
-            def show(done: int, total: int, task: TaskID = task) -> None:
-                bar.update(task, completed=done, total=total)
-
-            outcomes.append(train(shaped=shaped, epochs=epochs, seed=seed, progress=show))
+    outcomes = [
+        train(shaped=shaped, epochs=epochs, seed=seed, progress=sys.stderr.isatty())
+        for shaped in (False, True)
+    ]
     images, gates = outcomes[0].after.shape
     table = Table(
         box=rich.box.SIMPLE_HEAD,
@@ -315,6 +310,7 @@ def demo(
     table.add_column("without the loss", justify="right")
     table.add_column("with the loss", justify="right")
     table.add_row("test accuracy", *(f"{o.accuracy:.1%}" for o in outcomes))
+    table.add_row("multiply-adds of the ungated network", *(f"{o.multiply_adds:.1%}" for o in outcomes))
     table.add_row("mean share of open gates", *(f"{o.gates.mean_open:.1%}" for o in outcomes))
     table.add_row("gates always on", *(f"{o.gates.always_on:.1%}" for o in outcomes))
     table.add_row("gates always off", *(f"{o.gates.always_off:.1%}" for o in outcomes))

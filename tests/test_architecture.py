@@ -36,7 +36,10 @@ FLOORS = {
 LEVEL = {name: level for level, names in enumerate(FLOORS.values()) for name in names}
 
 # What importing the package must not bring with it: each belongs to an extra or to the tests.
-EXTRAS = ("jax", "lightning", "matplotlib", "PIL", "rich", "scipy", "sklearn", "torchvision", "typer")
+EXTRAS = (
+    *("jax", "jinja2", "lightning", "matplotlib", "PIL", "plotly", "pydantic", "rich", "safetensors"),
+    *("scipy", "sklearn", "torchvision", "typer", "yaml"),
+)
 
 # The public names of the design, floor by floor; those that are defined somewhere must be exported.
 PUBLIC = [
@@ -57,6 +60,8 @@ PUBLIC = [
     "gated_resnet32",
     "gated_resnet56",
     "gate_probabilities",
+    "gate_decisions",
+    "gate_statistics",
     "l0_penalty",
     "gates_forced",
     "count_macs",

@@ -24,6 +24,7 @@ const shares = (title, more) => axis(title, { tickformat: ".0%", ...more });
 function plot(id, height, traces, layout) {
   const everywhere = {
     height,
+    width: byId(id).clientWidth,
     font: { family: "inherit", size: 12, color: color("text") },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
@@ -34,7 +35,7 @@ function plot(id, height, traces, layout) {
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     hoverlabel: { align: "left", namelength: -1 },
   };
-  Plotly.react(id, traces, { ...everywhere, ...layout }, { responsive: true, displayModeBar: false });
+  Plotly.react(id, traces, { ...everywhere, ...layout }, { displayModeBar: false });
 }
 
 // All runs
@@ -107,7 +108,7 @@ function drawLayers() {
       y,
       x: layers.map((layer) => layer[share]),
       marker: { color: color(share.replace("_", "-")) },
-      customdata: layers.map((layer) => [layer.label, layer.gates]),
+      customdata: layers.map((layer) => [layer.hover, layer.gates]),
       hovertemplate: `%{customdata[0]}<br>%{x:.1%} of %{customdata[1]} gates ${name}<extra></extra>`,
     }),
   );
@@ -119,14 +120,16 @@ function drawLayers() {
     x: layers.map((layer) => layer.mean_open),
     xaxis: "x2",
     marker: { color: color("text"), symbol: "line-ns-open", size: 12, line: { width: 3 } },
+    showlegend: false,
     customdata: bars[0].customdata,
     hovertemplate: "%{customdata[0]}<br>%{x:.1%} of gates open on average<extra></extra>",
   };
-  plot("layers", 130 + 26 * layers.length, [...bars, open], {
+  const whole = { range: [0, 1], tickvals: [0, 0.5, 1], ticktext: ["0", "", "100%"] };
+  plot("layers", 110 + 26 * layers.length, [...bars, open], {
     barmode: "stack",
     bargap: 0.25,
-    xaxis: shares("share of gates", { range: [0, 1], domain: [0, 0.62], nticks: 3, showgrid: false }),
-    xaxis2: shares("open on average", { range: [0, 1], domain: [0.7, 1], nticks: 3 }),
+    xaxis: axis("gates", { ...whole, domain: [0, 0.58], showgrid: false }),
+    xaxis2: axis("mean open", { ...whole, domain: [0.72, 1] }),
     yaxis: axis("", { tickvals: y, ticktext: layers.map((layer) => layer.label), range: [layers.length - 0.4, -0.6], showgrid: false }),
     legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", traceorder: "normal" },
   });
@@ -199,16 +202,16 @@ function drawTraining() {
     xaxis: epochs,
     yaxis: axis("test accuracy", { tickformat: ".1~%" }),
   });
+  if (!run.layers.length) return;
   plot(
     "multiply-adds",
     260,
     [
-      curve("mean of an image", "empirical", (epoch) => epoch.multiply_adds, "solid", ".3s"),
-      curve("ungated network", "kind0", () => run.dense, "dot", ".3s"),
+      curve("gated", "empirical", (epoch) => epoch.multiply_adds, "solid", ".3s"),
+      curve("ungated", "kind0", () => run.dense, "dot", ".3s"),
     ],
     { xaxis: epochs, yaxis: axis("multiply-adds", { tickformat: "~s", rangemode: "tozero" }) },
   );
-  if (!run.layers.length) return;
   plot(
     "open",
     260,
@@ -244,7 +247,7 @@ function classAxis() {
   });
 }
 
-const heightOfClasses = (each) => 110 + Math.min(each * run.classes.length, 900);
+const heightOfClasses = (each) => 70 + Math.min(each * run.classes.length, 900);
 
 function drawHeatmap() {
   const chosen = byId("heatmap-layer").value;
@@ -261,9 +264,9 @@ function drawHeatmap() {
         colorscale: [[0, color("closed")], [0.5, color("half")], [1, color("opened")]],
         xgap: z[0].length > 100 ? 0 : 1,
         ygap: run.classes.length > 60 ? 0 : 1,
-        text: run.classes.map((each) => z[0].map(() => each.label)),
+        text: run.classes.map((each) => z[0].map(() => each.hover)),
         hovertemplate: "gate %{x}: open for %{z:.1%} of %{text}<extra></extra>",
-        colorbar: { orientation: "h", y: 1, yanchor: "bottom", x: 0, xanchor: "left", len: 0.6, thickness: 10, tickformat: ".0%", outlinewidth: 0, nticks: 3, ticklabelposition: "outside top" },
+        showscale: false,
       },
     ],
     { xaxis: axis("gate", { showgrid: false }), yaxis: classAxis() },
@@ -271,27 +274,27 @@ function drawHeatmap() {
 }
 
 function drawClasses() {
-  const gated = run.layers.length > 0;
-  const dots = (name, shade, figure, form) => ({
-    type: "scatter",
-    mode: "markers",
-    name,
-    x: run.classes.map((each) => each[figure]),
-    y: run.classes.map((_, i) => i),
-    marker: { color: color(shade), size: 10 },
-    text: run.classes.map((each) => each.label),
-    customdata: run.classes.map((each) => each.examples),
-    hovertemplate: `%{text}: ${name} %{x:${form}}, %{customdata} images<extra></extra>`,
-  });
-  const accuracy = dots("accuracy", "empirical", "accuracy", ".1%");
-  const spent = { ...dots("multiply-adds", "loss", "multiply_adds", ".3s"), xaxis: "x2" };
-  spent.marker.symbol = "diamond";
-  plot("classes", heightOfClasses(24), gated ? [accuracy, spent] : [accuracy], {
-    xaxis: axis("accuracy", { tickformat: ".1~%", nticks: 4, domain: gated ? [0, 0.46] : [0, 1] }),
-    xaxis2: axis("mean multiply-adds", { tickformat: "~s", nticks: 4, domain: [0.54, 1] }),
-    yaxis: { ...classAxis(), showgrid: run.classes.length <= 60 },
-    showlegend: false,
-  });
+  const dots = (id, name, figure, marker, form, scale) =>
+    plot(
+      id,
+      heightOfClasses(24),
+      [
+        {
+          type: "scatter",
+          mode: "markers",
+          x: run.classes.map((each) => each[figure]),
+          y: run.classes.map((_, i) => i),
+          marker: { size: 10, ...marker },
+          text: run.classes.map((each) => each.hover),
+          customdata: run.classes.map((each) => each.examples),
+          hovertemplate: `%{text}: ${name} %{x:${form}}, %{customdata} images<extra></extra>`,
+        },
+      ],
+      { xaxis: axis(name, { tickformat: scale, nticks: 5 }), yaxis: { ...classAxis(), showgrid: run.classes.length <= 60 } },
+    );
+  dots("class-accuracy", "accuracy", "accuracy", { color: color("empirical") }, ".1%", ".1~%");
+  if (!run.layers.length) return;
+  dots("class-multiply-adds", "mean multiply-adds", "multiply_adds", { color: color("loss"), symbol: "diamond" }, ".3s", "~s");
 }
 
 // What is chosen
@@ -303,7 +306,7 @@ function offerLayers(select) {
   if (same) same.selected = true;
 }
 
-function showRun() {
+function chooseRun() {
   const index = byId("run").value;
   run = data.runs[index];
   const gated = run.layers.length > 0;
@@ -316,6 +319,10 @@ function showRun() {
   all("select.layer").forEach(offerLayers);
   byId("epoch").max = Math.max(run.epochs.length - 1, 0);
   byId("epoch").value = byId("epoch").max;
+}
+
+function showRun() {
+  chooseRun();
   drawRun();
 }
 
@@ -362,20 +369,27 @@ for (const button of all("[data-choose]")) {
   });
 }
 
-// Light or dark, as the reader has it; always light on paper.
+// Light or dark as the reader has it, as wide as the window is; on paper light, and as wide as the paper.
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-function shade(scheme) {
-  document.documentElement.dataset.scheme = scheme;
+function draw(onPaper) {
+  const root = document.documentElement;
+  root.classList.toggle("paper", onPaper);
+  root.dataset.scheme = dark.matches && !onPaper ? "dark" : "light";
   drawTradeoff();
   drawRun();
 }
 
-const asTheReaderHasIt = () => shade(dark.matches ? "dark" : "light");
-dark.addEventListener("change", asTheReaderHasIt);
-addEventListener("beforeprint", () => shade("light"));
-addEventListener("afterprint", asTheReaderHasIt);
+let width = innerWidth;
+addEventListener("resize", () => {
+  // Phones change the height alone whenever the page is scrolled.
+  if (innerWidth !== width) draw(false);
+  width = innerWidth;
+});
+dark.addEventListener("change", () => draw(false));
+addEventListener("beforeprint", () => draw(true));
+addEventListener("afterprint", () => draw(false));
 
-showRun();
-asTheReaderHasIt();
+chooseRun();
+draw(false);

@@ -25,7 +25,7 @@ from batchshaping.priors import Beta
 
 __all__ = ["prior_masses", "report_html", "write_report"]
 
-KINDS = ("ungated", "gates with L0 only", "gates with batch-shaping")
+KINDS = ("ungated", "L0 only", "batch-shaping")
 """What a run can be, in the order of the legend."""
 
 _NETWORK_AND_DATA = (
@@ -99,7 +99,8 @@ def prior_masses(prior: Sequence[float], bins: int) -> list[float]:
     """
     # The density may be infinite at the ends; the mass of a bin is not.
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)
-    masses: list[float] = Beta(*prior).cdf(edges).diff().tolist()
+    a, b = prior
+    masses: list[float] = Beta(a, b).cdf(edges).diff().tolist()
     return masses
 
 
@@ -115,7 +116,7 @@ class _Run:
         spent: mean multiply-adds of a test image.
         dense: multiply-adds of the same network without gates.
         gates: shares of gates always on, conditional and always off, and of open ones; empty without gates.
-        quantiles: of the multiply-adds, over the test images.
+        spread: least, median and most multiply-adds of a test image.
         extremes: images with the least and with the most multiply-adds.
         figures: what is drawn, in what JSON has.
     """
@@ -127,7 +128,7 @@ class _Run:
     spent: float
     dense: float
     gates: dict[str, float]
-    quantiles: list[float]
+    spread: tuple[float, float, float]
     extremes: dict[str, list[dict[str, Any]]]
     figures: dict[str, Any]
 
@@ -156,20 +157,22 @@ class _Run:
 
 def _run(name: str, result: Mapping[str, Any]) -> _Run:
     try:
+        quantiles = result["quantiles"]
         run = _Run(
             name=name,
-            config=result["config"],
-            versions=result["versions"],
+            config=dict(result["config"].items()),
+            versions=dict(result["versions"].items()),
             accuracy=float(result["accuracy"]),
             spent=float(result["multiply_adds"]),
             dense=float(result["cost"]["dense"]),
             gates=_gates(result["gates"]),
-            quantiles=[float(quantile) for quantile in result["quantiles"]],
+            spread=(float(quantiles[0]), float(quantiles[len(quantiles) // 2]), float(quantiles[-1])),
             extremes={which: [_image(image) for image in result[which]] for which in ("least", "most")},
             figures=_figures(result),
         )
         # Everything else is derived from these, and the page can have no number that JSON has not.
-        json.dumps([run.share, run.recipe, run.config["seed"], run.kind, run.figures], allow_nan=False)
+        derived = [run.share, run.spread, run.kind, run.recipe, run.config["seed"], run.figures["classes"][0]]
+        json.dumps([derived, run.accuracy, run.gates, run.extremes, run.figures], allow_nan=False)
     except KeyError as error:
         received = f"one without {error}"
     except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError):
@@ -187,7 +190,8 @@ def _gates(gates: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def _image(image: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: image[name] for name in ("label", "predicted", "multiply_adds", "png")}
+    shown = {name: str(image[name]) for name in ("label", "predicted", "png")}
+    return {**shown, "multiply_adds": float(image["multiply_adds"])}
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "classes": [
             {
-                "label": _for_plotly(figures["name"]),
+                **_name(figures["name"]),
                 **{name: figures[name] for name in ("examples", "accuracy", "multiply_adds", "open")},
             }
             for figures in result["by_class"]
@@ -220,7 +224,12 @@ def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: layer[name] for name in ("name", "gates", *_SHARES, "histogram")}
-    return {**shown, "label": _for_plotly(layer["name"])}
+    return {**shown, **_name(layer["name"])}
+
+
+def _name(name: str) -> dict[str, str]:
+    """A name beside an axis, and as it is told of a point."""
+    return {"label": _for_plotly(name, 18), "hover": _for_plotly(name, 60)}
 
 
 # Runs beside each other
@@ -246,8 +255,9 @@ def _headline(runs: Sequence[_Run]) -> str:
     if not gated:
         return f"{_count(runs, 'ungated run')} with {accuracy}"
     saved = f"{_between([100 * (1 - run.share) for run in gated], '.1f')}% of the multiply-adds"
-    price = f"{_between(points, '+.1f')} points of accuracy" if len(points) == len(gated) else accuracy
-    return f"{_count(gated, 'gated run')} saving {saved}, at {price}"
+    if len(points) == len(gated):
+        accuracy = f"{_between(points, '+.1f')} points of accuracy"
+    return f"{_count(gated, 'gated run')} saving {saved}, at {accuracy}"
 
 
 def _count(runs: Sequence[_Run], what: str) -> str:
@@ -292,14 +302,14 @@ def _group_hover(group: Sequence[_Run]) -> str:
     """All that there is to tell of a group, one thing a line."""
     first = group[0]
     config = first.config
-    names = [_for_plotly(run.name, 40) for run in group]
+    names = [_for_plotly(run.name) for run in group]
     title = names[0] if len(group) == 1 else f"mean of {len(group)} seeds"
     network = [config.get("network"), f"width {config.get('width')}", config.get("data")]
     lines = [
         f"<b>{title}</b>",
         *(", ".join(names[i : i + 3]) for i in range(0, len(names), 3) if len(group) > 1),
         ", ".join(_for_plotly(part) for part in network),
-        KINDS[first.kind],
+        *[f"gates with {KINDS[first.kind]}" if first.gates else KINDS[0]],
         f"accuracy {_mean(group, 'accuracy', _percent)}",
         f"multiply-adds {_mean(group, 'spent', _si)}",
         f"{_mean(group, 'share', _percent)} of the ungated network's",
@@ -344,13 +354,12 @@ def _points(difference: float) -> str:
 
 
 def _si(value: float) -> str:
-    """With three digits and an SI prefix, as plotly writes it on an axis."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(value) < 999.5:
-            break
-        value /= 1000
-    digits = max(0, 2 - len(str(int(abs(value)))) + 1) if prefix else 0
-    return f"{value:.{digits}f}{prefix}"
+    """With three digits and an SI prefix, as plotly writes it beside an axis."""
+    value = float(f"{value:.3g}")
+    power = min(len(f"{abs(value):.0f}") - 1, 12) // 3
+    shown = value / 1000**power
+    decimals = max(0, 3 - len(f"{abs(shown):.0f}"))
+    return f"{shown:.{decimals}f}{' kMGT'[power].strip()}"
 
 
 def _setting(value: Any) -> str:
@@ -358,7 +367,7 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _for_plotly(text: object, limit: int = 24) -> str:
+def _for_plotly(text: object, limit: int = 40) -> str:
     """A text that plotly shows as it is, where it would read tags; shortened where it has no end."""
     text = " ".join(str(text).split())
     return html.escape(text if len(text) <= limit else f"{text[: limit - 1]}…", quote=False)

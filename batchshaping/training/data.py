@@ -136,7 +136,10 @@ def shift_and_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
         columns = torch.where(flipped, columns.flip(1), columns)
     padded = F.pad(images, [padding] * 4)
     example = torch.arange(n, device=device)[:, None, None]
-    return padded.movedim(1, 3)[example, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+    shifted = padded.movedim(1, 3)[example, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+    # Not .contiguous(): with one channel it would keep strides that pass for channels last, a format in which
+    # the CPU convolutions of torch 2.14 write out of bounds for 4 channels.
+    return shifted.clone(memory_format=torch.contiguous_format)
 
 
 def _fewer(data: Data, count: int) -> Data:

@@ -37,11 +37,11 @@ from torch import nn
 import batchshaping
 from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint
 from batchshaping.training.config import RunConfig, read_config, write_config
-from batchshaping.training.data import load_data
+from batchshaping.training.data import Data, load_data
 from batchshaping.training.evaluation import evaluate
 from batchshaping.training.module import DataModule, GatedClassifier, make_network
 
-__all__ = ["RunError", "evaluate_run", "read_result", "resume", "train"]
+__all__ = ["RunError", "evaluate_run", "load_run", "read_result", "resume", "train"]
 
 CONFIG = "config.yaml"
 HISTORY = "history.json"
@@ -121,6 +121,20 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
         RunError: if the folder holds no trained network.
         DataError: if the data is not what it should be.
     """
+    return evaluate(*load_run(output, **settings))
+
+
+def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
+    """The trained network of a run, in evaluation mode, and its data.
+
+    Args:
+        output: the folder of the run.
+        settings: replace those of the run, such as ``data_folder``.
+
+    Raises:
+        RunError: if the folder holds no trained network.
+        DataError: if the data is not what it should be.
+    """
     config = _config(output, **settings)
     data = load_data(config)
     network = make_network(config, len(data.classes), data.shape[0])
@@ -131,7 +145,7 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
         raise RunError(f"{path}: no such file; the run is not finished") from None
     except (SafetensorError, RuntimeError, OSError):
         raise RunError(f"{path}: expected weights of the network in {CONFIG}, received others") from None
-    return evaluate(network, data)
+    return network.eval(), data
 
 
 def read_result(output: Path) -> dict[str, Any]:

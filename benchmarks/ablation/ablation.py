@@ -1,9 +1,9 @@
 """Accuracy against multiply-adds on Fashion-MNIST: ungated networks, L0-only gates, and gates with the loss.
 
-``python benchmarks/ablation/ablation.py`` trains what is not yet in ``results``, two runs at a time, and then
+``python benchmarks/ablation/ablation.py`` trains what is not yet in ``results``, one run a core, and then
 writes the table, the figure and the report. Finished runs are small files there, so that it can be interrupted
-at any time. ``--quick`` trains a tenth of the images with one seed, into a folder that is thrown away, in about
-ten minutes. ``--summary`` trains nothing.
+at any time. ``--quick`` trains a tenth of the images with one seed, in about ten minutes, and leaves ``results``
+alone. ``--summary`` trains nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from batchshaping.report.page import report_html
 from batchshaping.training.config import RunConfig
 from batchshaping.training.run import read_result, train
-from batchshaping.viz_utils import COLORS, house_style
+from batchshaping.viz_utils import house_style
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -131,27 +131,28 @@ def summarize(arms: dict[str, list[dict[str, Any]]]) -> str:
     return table([*header, "conditional, %", "always on, %", "always off, %"], rows)
 
 
+def point(results: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Mean multiply-adds in millions, mean accuracy in percent and its standard deviation over seeds."""
+    accuracies = [100 * result["accuracy"] for result in results]
+    macs = statistics.fmean(result["multiply_adds"] / 1e6 for result in results)
+    return macs, statistics.fmean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+
+
 def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
     """Accuracy against multiply-adds, with the standard deviation over seeds."""
     with house_style():
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for (kind, label), color, marker in zip(KINDS.items(), COLORS, "sov", strict=False):
-            points = sorted(
-                (
-                    [statistics.fmean(r["multiply_adds"] / 1e6 for r in results) for _ in (0,)]
-                    + [statistics.fmean(100 * r["accuracy"] for r in results)]
-                    + [statistics.pstdev([100 * r["accuracy"] for r in results])]
-                )
-                for arm, results in arms.items()
-                if arm.partition("-")[0] == kind
-            )
+        for (kind, label), marker in zip(KINDS.items(), "svo", strict=True):
+            points = sorted(point(results) for arm, results in arms.items() if arm.startswith(f"{kind}-"))
+            if not points:
+                continue
             macs, accuracies, deviations = zip(*points, strict=True)
-            axes.errorbar(
-                macs, accuracies, deviations, label=label, color=color, marker=marker, capsize=3, markersize=5
-            )
+            axes.errorbar(macs, accuracies, deviations, label=label, marker=marker, capsize=3, markersize=5)
         axes.set(
-            xscale="log", xlabel="million multiply-adds an image, mean over the test set", ylabel="test accuracy, %"
+            xscale="log",
+            xlabel="million multiply-adds an image, mean over the test set",
+            ylabel="test accuracy, %",
         )
         axes.legend(loc="lower right")
     return figure
@@ -159,12 +160,13 @@ def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
 
 def main() -> None:
     """Run what is missing and write what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the images, one seed")
     parser.add_argument("--summary", action="store_true", help="train nothing")
     parser.add_argument("--output", type=Path, help="folder of the results")
     arguments = parser.parse_args()
-    folder = arguments.output or (ROOT / "outputs" / "ablation-quick" if arguments.quick else HERE / "results")
+    kept = ROOT / "outputs" / "ablation-quick" if arguments.quick else HERE / "results"
+    folder = arguments.output or kept
     folder.mkdir(parents=True, exist_ok=True)
     wanted = dict(runs(arguments.quick))
     if not arguments.summary:
