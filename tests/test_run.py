@@ -117,6 +117,7 @@ def interrupt_with(which: signal.Signals, folder: Path) -> tuple[int, str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=folder.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         # A shell without job control lets what it starts in the background ignore this signal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -274,7 +275,9 @@ def test_an_ungated_run_has_no_figures_of_gates(tmp_path: Path) -> None:
     result = train(config, tmp_path / "ungated")
     assert result["gates"] is None and result["layers"] == result["least"] == result["most"] == []
     assert result["multiply_adds"] == result["cost"]["dense"] == result["cost"]["fixed"]
-    assert evaluate_run(tmp_path / "ungated") == {name: result[name] for name in evaluate_run(tmp_path / "ungated")}
+    assert evaluate_run(tmp_path / "ungated") == {
+        name: result[name] for name in evaluate_run(tmp_path / "ungated")
+    }
 
 
 @pytest.mark.parametrize(

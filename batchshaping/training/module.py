@@ -48,6 +48,11 @@ def make_network(config: RunConfig, classes: int, channels: int) -> nn.Module:
         from torchvision.models import get_model
 
         resnet = get_model(config.network, weights="DEFAULT" if config.pretrained else None)
+        if channels != resnet.conv1.in_channels:
+            first = resnet.conv1
+            resnet.conv1 = nn.Conv2d(
+                channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=False
+            )
         if resnet.fc.out_features != classes:
             resnet.fc = nn.Linear(resnet.fc.in_features, classes)
         network = resnet

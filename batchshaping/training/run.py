@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -68,9 +69,9 @@ def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[st
     Raises:
         RunError: if the folder holds a run already.
         DataError: if the data is not what it should be.
-        ValueError: if the budget cannot be reached.
+        ValueError: if the budget cannot be reached, or the machine has no such devices.
     """
-    module = _module(config)
+    module, trainer = _module(config), _trainer(config, output, progress)
     if _is_first_rank():
         if (output / CONFIG).exists():
             raise RunError(f"{output} already holds a run; resume it, or choose another folder")
@@ -79,7 +80,7 @@ def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[st
             write_config(config, output / CONFIG)
         except OSError as error:
             raise RunError(f"{output}: {error.strerror or error}, expected a folder to write to") from None
-    return _fit(module, output, None, progress)
+    return _fit(trainer, module, output, None)
 
 
 def resume(output: Path, *, progress: bool = False) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def resume(output: Path, *, progress: bool = False) -> dict[str, Any]:
             read_checkpoint(checkpoint)
         except ValueError as error:
             raise RunError(error) from None
-    return _fit(_module(config), output, checkpoint if checkpoint.exists() else None, progress)
+    last = checkpoint if checkpoint.exists() else None
+    return _fit(_trainer(config, output, progress), _module(config), output, last)
 
 
 def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
@@ -186,31 +188,43 @@ def _module(config: RunConfig) -> GatedClassifier:
     return GatedClassifier(config, data)
 
 
-def _fit(module: GatedClassifier, output: Path, checkpoint: Path | None, progress: bool) -> dict[str, Any]:
+def _trainer(config: RunConfig, output: Path, progress: bool) -> pl.Trainer:
+    try:
+        with _quiet():
+            trainer = pl.Trainer(
+                accelerator=config.accelerator,
+                devices=config.devices,
+                num_nodes=config.nodes,
+                strategy="ddp" if config.devices * config.nodes > 1 else "auto",
+                precision=config.precision,
+                max_epochs=config.epochs,
+                accumulate_grad_batches=config.accumulate,
+                sync_batchnorm=config.sync_batch_norm,
+                check_val_every_n_epoch=config.evaluate_every,
+                log_every_n_steps=config.log_every,
+                logger=_LOGGERS[config.logger](output),
+                callbacks=[*_callbacks(output), *[_OneBar(leave=False)] * progress],
+                plugins=[SafeCheckpoints()],
+                enable_progress_bar=progress,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                # Each epoch's own seed is given to what loads the images.
+                reload_dataloaders_every_n_epochs=1,
+            )
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if config.sync_batch_norm and trainer.strategy.root_device.type == "cpu":
+        raise ValueError("sync_batch_norm needs GPUs, received the CPU")
+    return trainer
+
+
+def _fit(
+    trainer: pl.Trainer, module: GatedClassifier, output: Path, checkpoint: Path | None
+) -> dict[str, Any]:
     started = time.monotonic()
     config = module.config
     with _quiet():
-        trainer = pl.Trainer(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            num_nodes=config.nodes,
-            strategy="ddp" if config.devices * config.nodes > 1 else "auto",
-            precision=config.precision,
-            max_epochs=config.epochs,
-            accumulate_grad_batches=config.accumulate,
-            sync_batchnorm=config.sync_batch_norm,
-            check_val_every_n_epoch=config.evaluate_every,
-            log_every_n_steps=config.log_every,
-            logger=_LOGGERS[config.logger](output),
-            callbacks=[*_callbacks(output), *[_OneBar(leave=False)] * progress],
-            plugins=[SafeCheckpoints()],
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            # Each epoch's own seed is given to what loads the images.
-            reload_dataloaders_every_n_epochs=1,
-        )
         trainer.fit(module, DataModule(config, module.data), ckpt_path=checkpoint)
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -1,9 +1,9 @@
 """Accuracy against multiply-adds on Fashion-MNIST: ungated networks, L0-only gates, and gates with the loss.
 
 ``python benchmarks/ablation/ablation.py`` trains what is not yet in ``results``, one run a core, and then
-writes the table, the figure and the report. Finished runs are small files there, so that it can be interrupted
-at any time. ``--quick`` trains a tenth of the images with one seed, in about ten minutes, and leaves ``results``
-alone. ``--summary`` trains nothing.
+writes the table, the figure and the report. Finished runs are small files there, so that it can be
+interrupted at any time. ``--quick`` trains a tenth of the images with one seed, in about ten minutes, and
+leaves ``results`` alone. ``--summary`` trains nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,249 @@
+"""Training and evaluating from the command line, alone and as two processes, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from batchshaping.cli import app
+from batchshaping.training.config import RunConfig, read_config
+
+TINY = {"width": 2, "hidden": 4, "train_images": 128, "batch_size": 32, "epochs": 2, "budget": 0.0}
+MAIN = "from batchshaping.cli import main; main()"
+
+
+@pytest.fixture(autouse=True)
+def _folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)
+
+
+def options(**settings: object) -> list[str]:
+    """Settings as options of the command line."""
+    given = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        given += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return given
+
+
+def run(*arguments: object) -> Any:
+    """The result of a command that works."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The one line on stderr of a command that is refused."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("batchshaping: "), result.stderr
+    return lines[0].removeprefix("batchshaping: ")
+
+
+def files() -> dict[str, bytes]:
+    return {path.as_posix(): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def result_of(folder: str) -> dict[str, Any]:
+    """A result but for how long it took."""
+    result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
+    result.pop("seconds")
+    return result
+
+
+# Settings
+
+
+def test_options_replace_settings_of_the_file_and_the_rest_is_default() -> None:
+    settings = {**TINY, "prior": [2, 6], "noise_end": None, "penalized": "open-gates", "augment": False}
+    Path("run.yaml").write_text(yaml.safe_dump(settings))
+    given = {"epochs": 1, "prior": "0.6,0.4", "augment": True, "precision": "bf16-mixed", "noise_end": "0.5"}
+    output = run("train", "--config", "run.yaml", *options(**given), "--output", "first").stdout
+    expected = {**settings, **given, "prior": (0.6, 0.4), "noise_end": 0.5}
+    config = read_config(Path("first/config.yaml"))
+    assert config == RunConfig(**expected)
+    assert yaml.safe_load(Path("first/config.yaml").read_text()).keys() == RunConfig.model_fields.keys()
+    assert f"{result_of('first')['accuracy']:.2%} of 450" in output and "wrote first" in output
+
+
+def test_the_configuration_that_was_written_repeats_the_run() -> None:
+    run("train", *options(**TINY), "--output", "first")
+    run("train", "--config", "first/config.yaml", "--output", "second")
+    assert result_of("second") == result_of("first")
+    assert Path("second/config.yaml").read_bytes() == Path("first/config.yaml").read_bytes()
+    assert Path("second/model.safetensors").read_bytes() == Path("first/model.safetensors").read_bytes()
+    # The complete file also takes options.
+    run("train", "--config", "first/config.yaml", "--seed", "1", "--output", "third")
+    assert result_of("third")["config"] == {**result_of("first")["config"], "seed": 1}
+    assert result_of("third")["loss"] != result_of("first")["loss"]
+
+
+def test_a_run_goes_to_its_usual_place_and_can_be_evaluated_and_resumed() -> None:
+    run("train", *options(**TINY, gated=False))
+    before = files()
+    figures = json.loads(run("evaluate", "outputs/train", "--json").stdout)
+    assert figures == {name: result_of("outputs/train")[name] for name in figures}
+    assert f"{figures['accuracy']:.2%} of 450" in run("evaluate", "outputs/train").stdout
+    assert "wrote outputs/train" in run("train", "--resume", "outputs/train").stdout
+    assert files() == before
+
+
+def test_help_names_every_setting_with_its_default_within_80_columns() -> None:
+    text = run("train", "--help").stdout
+    for name in RunConfig.model_fields:
+        assert f"--{name.replace('_', '-')}"[:20] in text, name
+    assert max(map(len, text.splitlines())) <= 80
+    assert "--json" in run("evaluate", "--help").stdout
+
+
+# What is refused, before anything is written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--network", "resnet9"], "network must be one of resnet8, "),
+        (["--network", ""], "network must be one of resnet8, "),
+        (["--data", "mnist"], "data must be one of digits, "),
+        (["--budget", "-0.1"], "budget: "),
+        (["--budget", "0.01"], "budget must be 0 or at least "),
+        (["--precision", "8"], "precision: "),
+        (["--penalized", "flops"], "penalized: "),
+        (["--epochs", "0"], "epochs: "),
+        (["--epochs", "many"], "epochs: "),
+        (["--prior", "0.6"], "prior: "),
+        (["--batch-size", "1348"], "batch_size must be at most the number of training images, 1347, "),
+        (["--train-images", "9999"], "train_images must be at most 1347, received 9999"),
+        (["--data", "folder"], "folder: data_folder must be "),
+        (["--data", "folder", "--data-folder", "empty"], "empty/train: expected "),
+        (["--data", "folder", "--data-folder", "no\nfolder"], "no"),
+        (["--data", "cifar10", "--data-folder", "empty"], "cifar10: expected data_batch_1.bin "),
+        (["--config", "missing.yaml"], "missing.yaml: No such file or directory"),
+        (["--config", "empty"], "empty: Is a directory"),
+        (["--config", "bad.yaml"], "bad.yaml: there is no setting 'spam'; "),
+        (["--output", "bad.yaml"], "bad.yaml: File exists, expected a folder to write to"),
+        (["--output", "bad.yaml/x"], "bad.yaml/x: Not a directory, expected a folder to write to"),
+        (["--resume", "empty"], "empty: expected the folder of a run"),
+        (["--resume", "missing"], "missing: expected the folder of a run"),
+        (["--accelerator", "abacus"], "accelerator"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(arguments: list[str], line: str) -> None:
+    Path("bad.yaml").write_text("spam: 1\n")
+    Path("empty").mkdir()
+    assert refused("train", *arguments).startswith(line)
+    assert list(files()) == ["bad.yaml"] and sorted(os.listdir()) == ["bad.yaml", "empty"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--spam"], ["train", "--width"], ["train", "more"], ["evaluate"], ["evaluate", "a", "b"]],
+)
+def test_usage_errors_leave_nothing_behind(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert files() == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--seed", "1"], "--seed"),
+        (["--no-gated"], "--gated"),
+        (["--train-images", "5", "--penalty-begin", "0.1"], "--train-images, --penalty-begin"),
+        (["--config", "run.yaml"], "--config"),
+        (["--output", "other"], "--output"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(given: list[str], named: str) -> None:
+    line = refused("train", "--resume", "outputs/train", *given)
+    assert line == f"--resume takes its settings from the run, received {named} too"
+    assert files() == {}
+
+
+def test_a_folder_with_a_run_is_left_as_it_is() -> None:
+    run("train", *options(**{**TINY, "epochs": 1}))
+    before = files()
+    assert refused("train", *options(**TINY)).startswith("outputs/train already holds a run; resume it")
+    assert files() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "model.safetensors", "config.yaml"])
+def test_a_harmed_run_is_refused_and_left_as_it_is(name: str) -> None:
+    run("train", *options(**{**TINY, "epochs": 1}))
+    Path("outputs/train/result.json").unlink()
+    Path("outputs/train", name).write_bytes(b"spam")
+    before = files()
+    command = ["evaluate"] if name == "model.safetensors" else ["train", "--resume"]
+    assert refused(*command, "outputs/train").startswith(f"outputs/train/{name}: expected ")
+    assert files() == before
+
+
+@pytest.mark.parametrize("folder", ["missing", "."])
+def test_what_cannot_be_evaluated_is_said_in_one_line(folder: str) -> None:
+    assert "expected the folder of a run" in refused("evaluate", folder)
+    assert "expected the folder of a run" in refused("evaluate", folder, "--json")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_ends_the_training_with_its_name(workers: int) -> None:
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            Path("images", part, name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (8, 8), (9, 9, 9)).save(Path("images", part, name, f"{number}.png"))
+    broken = Path("images/train/dog/1.png")
+    broken.write_bytes(broken.read_bytes()[:50])
+    settings = {"data": "folder", "data_folder": "images", "image_size": 8, "batch_size": 4, "workers": workers}
+    line = refused("train", *options(**settings, width=2, epochs=1, budget=0))
+    assert line == f"{broken}: expected an image, received something else"
+
+
+# Two processes
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+def test_two_processes_learn_as_one_does() -> None:
+    settings = {**TINY, "width": 4, "train_images": 512, "batch_size": 64, "epochs": 8, "log_every": 1, "accelerator": "cpu"}
+    run("train", *options(**settings), "--output", "one")
+    command = [sys.executable, "-c", MAIN, "train", *options(**settings, devices=2), "--output", "two"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    # The first process alone writes and speaks.
+    assert done.stdout.count("test accuracy") == done.stdout.count("wrote two") == 1
+    assert sorted(os.listdir("two")) == sorted(os.listdir("one")) and os.listdir("two/logs") == ["version_0"]
+    one, two = losses("one"), losses("two")
+    assert len(one) == len(two) == 64
+    # Normalization sees half of the batch and the noise is another, so that steps differ and averages do not.
+    for quarter in range(4):
+        averages = [sum(steps[16 * quarter :][:16]) / 16 for steps in (one, two)]
+        assert averages[0] == pytest.approx(averages[1], abs=0.3), quarter
+    assert result_of("two")["examples"] == result_of("one")["examples"] == 450
+    for name in ("classes", "cost", "versions"):
+        assert result_of("two")[name] == result_of("one")[name]
+    history = result_of("two")["history"]
+    assert [epoch["examples"] for epoch in history] == [450] * 8
+    assert history[-1]["accuracy"] == result_of("two")["accuracy"]
+
+
+def losses(folder: str) -> list[float]:
+    with Path(folder, "logs/version_0/metrics.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]

@@ -1,0 +1,329 @@
+"""A configuration is the same from code, a file and a command line, and what is wrong with one fits in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchshaping.training.config import (
+    DATASETS,
+    IMAGENET_NETWORKS,
+    NETWORKS,
+    SECTIONS,
+    SMALL_IMAGE_NETWORKS,
+    RunConfig,
+    read_config,
+    write_config,
+)
+from batchshaping.training.schedules import Ramp, Steps
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+shares = st.floats(0, 1)
+positive = st.floats(0, exclude_min=True, allow_infinity=False)
+not_negative = st.floats(0, allow_infinity=False)
+counts = st.integers(1, 10**6)
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "network": st.sampled_from(NETWORKS),
+    "width": counts,
+    "stem_stride": st.integers(1, 2),
+    "pretrained": st.booleans(),
+    "gated": st.booleans(),
+    "hidden": counts,
+    "gate_bias": st.floats(allow_nan=False),
+    "data": st.sampled_from(DATASETS),
+    "data_folder": st.none() | text.map(Path),
+    "download": st.booleans(),
+    "image_size": counts,
+    "train_images": st.none() | counts,
+    "augment": st.booleans(),
+    "workers": st.integers(0, 64),
+    "budget": shares,
+    "penalty": not_negative,
+    "penalty_begin": shares,
+    "penalty_end": shares,
+    "penalized": st.sampled_from(["multiply-adds", "open-gates"]),
+    "shaping": not_negative,
+    "shaping_end": st.floats(0, 1, exclude_min=True),
+    "prior": st.tuples(positive, positive),
+    "noise_end": st.none() | st.floats(0, 1, exclude_min=True),
+    "epochs": counts,
+    "batch_size": counts,
+    "accumulate": st.integers(1, 8),
+    "learning_rate": positive,
+    "gate_learning_rate": positive,
+    "schedule": st.sampled_from(["steps", "cosine"]),
+    "milestones": st.lists(shares, max_size=4).map(tuple),
+    "momentum": st.floats(0, 1, exclude_max=True),
+    "weight_decay": not_negative,
+    "accelerator": st.sampled_from(["auto", "cpu", "gpu"]),
+    "devices": st.integers(1, 8),
+    "nodes": st.integers(1, 8),
+    "precision": st.sampled_from(["32", "16-mixed", "bf16-mixed", "64"]),
+    "sync_batch_norm": st.booleans(),
+    "seed": st.integers(0, 2**32 - 1),
+    "evaluate_every": counts,
+    "logger": st.sampled_from(["csv", "tensorboard", "none"]),
+    "log_every": counts,
+}
+"""What each setting can be, written down a second time."""
+
+
+def consistent(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings, but for those that do not go together."""
+    begin, end = sorted((settings["penalty_begin"], settings["penalty_end"]))
+    settings |= {"penalty_begin": begin, "penalty_end": end} if begin < end else {}
+    if not begin < end:
+        settings |= {"penalty_begin": 0.25, "penalty_end": 0.5}
+    small = settings["network"] in SMALL_IMAGE_NETWORKS
+    settings |= {"pretrained": False} if small else {"width": 16, "stem_stride": 1}
+    parts = settings["accumulate"] * settings["devices"] * settings["nodes"]
+    return settings | {"batch_size": (settings["batch_size"] + 1) * parts}
+
+
+every_setting = st.fixed_dictionaries(FIELDS).map(consistent)
+
+
+def refused(**settings: Any) -> str:
+    """The one line with which settings are refused."""
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        RunConfig(**settings)
+    return str(error.value)
+
+
+# Round trips
+
+
+@given(settings=every_setting)
+def test_a_configuration_comes_back_from_its_file(
+    settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert FIELDS.keys() == RunConfig.model_fields.keys()
+    config = RunConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    write_config(config, path)
+    assert read_config(path) == config
+    assert RunConfig(**config.model_dump(mode="json")) == config
+
+
+@given(settings=every_setting)
+def test_text_from_a_command_line_gives_the_same_configuration(settings: dict[str, Any]) -> None:
+    as_text = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in settings.items()
+        if value is not None and value != ()
+    }
+    if settings["noise_end"] is None:
+        as_text["noise_end"] = "none"
+    # What has no text, on the command line stays as it is by default.
+    expected = {name: value for name, value in settings.items() if name in as_text}
+    assert RunConfig(**as_text) == RunConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"prior": "0.6,0.4"}, (0.6, 0.4)),
+        ({"prior": "2, 6"}, (2.0, 6.0)),
+        ({"milestones": "0.3,0.6,0.9"}, (0.3, 0.6, 0.9)),
+        ({"milestones": "0.5"}, (0.5,)),
+        ({"noise_end": "none"}, None),
+        ({"noise_end": "0.3"}, 0.3),
+        ({"budget": "0.3"}, 0.3),
+        ({"train_images": "128"}, 128),
+        ({"seed": "3"}, 3),
+    ],
+)
+def test_text_becomes_what_is_meant(settings: dict[str, str], expected: object) -> None:
+    (name,) = settings
+    assert getattr(RunConfig(**settings), name) == expected
+
+
+def test_settings_replace_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("network: resnet20\nbudget: 0.2\n")
+    assert read_config(path, budget="0.3") == RunConfig(network="resnet20", budget=0.3)
+    path.write_text("")
+    assert read_config(path) == RunConfig()
+
+
+@given(settings=every_setting)
+def test_the_batch_is_shared_out_without_a_rest(settings: dict[str, Any]) -> None:
+    config = RunConfig(**settings)
+    parts = config.devices * config.nodes * config.accumulate
+    assert config.batch_of_a_device * parts == config.batch_size and config.batch_of_a_device > 1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("network", value) for value in ("resnet9", "ResNet8", "", "a\nb", None, 8)],
+        *[("data", value) for value in ("mnist", "", 3)],
+        *[("width", value) for value in (0, -1, 1.5, "wide", "a\nb")],
+        *[("stem_stride", value) for value in (0, 3)],
+        *[("gated", value) for value in ("perhaps", 2)],
+        *[(share, value) for share in ("budget", "penalty_begin") for value in (-0.1, 1.1, float("nan"))],
+        *[("penalty", value) for value in (-1, float("inf"), float("nan"))],
+        *[("penalized", value) for value in ("flops", "")],
+        *[("shaping_end", value) for value in (0, 1.5)],
+        *[("noise_end", value) for value in (0, 1.5, "never")],
+        *[("prior", value) for value in ((0.6,), (0.6, 0.4, 0.1), "0.6")],
+        *[("epochs", value) for value in (0, -1, "many", None)],
+        *[("train_images", value) for value in (0, -1, "some")],
+        *[("accumulate", value) for value in (0, "2.5")],
+        *[("learning_rate", value) for value in (0, -0.1, float("inf"), float("nan"), "fast")],
+        *[("schedule", value) for value in ("linear", "")],
+        *[("momentum", value) for value in (1, -0.1)],
+        *[("precision", value) for value in ("16", "8", "double")],
+        *[("devices", value) for value in (0, "two")],
+        *[("seed", value) for value in (-1, 2**32, 0.5)],
+        *[("logger", value) for value in ("wandb", "")],
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_name(name: str, value: object) -> None:
+    line = refused(**{name: value})
+    assert line.startswith(name)
+    assert line.endswith(f", received {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("prior", (0.6, 0), "prior.1: "),
+        ("prior", "a,0.4", "prior.0: "),
+        ("milestones", (0.5, 1.5), "milestones.1: "),
+    ],
+)
+def test_one_number_of_several_is_named(name: str, value: object, part: str) -> None:
+    assert refused(**{name: value}).startswith(part)
+
+
+@given(name=text.filter(lambda name: name not in RunConfig.model_fields))
+def test_an_unknown_setting_is_refused_with_those_there_are(name: str) -> None:
+    line = refused(**{name: 1})
+    assert line.startswith(f"there is no setting {name!r}; ")
+    assert all(known in line for known in RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"penalty_begin": 0.6, "penalty_end": 0.2}, ["penalty_begin", "penalty_end", "0.6", "0.2"]),
+        ({"penalty_begin": 0.5, "penalty_end": 0.5}, ["penalty_begin", "penalty_end", "0.5"]),
+        ({"batch_size": 63, "devices": 2}, ["batch_size", "devices", "2", "63"]),
+        ({"batch_size": 12, "devices": 2, "nodes": 2, "accumulate": 2}, ["batch_size", "nodes", "8", "12"]),
+        # Batch normalization needs two images.
+        ({"batch_size": 1}, ["batch_size", "1"]),
+        ({"batch_size": 4, "accumulate": 4}, ["batch_size", "accumulate", "4"]),
+        ({"network": "resnet8", "pretrained": True}, ["pretrained", "resnet8"]),
+        ({"network": "resnet18", "width": 8}, ["width", "resnet18"]),
+        ({"network": "resnet50", "stem_stride": 2}, ["stem_stride", "resnet50"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], words: list[str]) -> None:
+    line = refused(**settings)
+    assert all(word in line for word in words), line
+
+
+def test_a_configuration_does_not_change() -> None:
+    config = RunConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.budget = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"network: resnet9",
+        b"spam: 1",
+        b"budget: -1",
+        b"- network",
+        b"resnet8",
+        b"3",
+        b"1: 2",
+        b"network: [",
+        b"\tnetwork: resnet8",
+        b"network: !!python/object/apply:os.getcwd []",
+        b"\xff\xfe\x00",
+        b"network: resnet8\0",
+        b"data_folder: 2020-13-45",
+        b"epochs: " + b"1" * 5000,
+        b"[" * 5000,
+    ],
+    ids=lambda content: repr(content[:30]),
+)
+def test_what_is_no_configuration_is_refused_with_the_name_of_the_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ""])
+def test_a_file_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="(No such file|Is a directory)") as error:
+        read_config(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+
+
+# What there is to read
+
+
+def test_every_setting_is_described_and_stands_under_a_heading() -> None:
+    fields = list(RunConfig.model_fields)
+    for name, field in RunConfig.model_fields.items():
+        assert field.description and field.description.endswith("."), name
+    assert set(SECTIONS) <= set(fields)
+    assert list(SECTIONS) == sorted(SECTIONS, key=fields.index) and next(iter(SECTIONS)) == fields[0]
+    assert set(NETWORKS) == {*SMALL_IMAGE_NETWORKS, *IMAGENET_NETWORKS}
+
+
+def ramps(config: RunConfig) -> tuple[Ramp, Ramp]:
+    """The weights of the batch-shaping loss and of the penalty."""
+    return (
+        Ramp(config.shaping, 0.0, 0.0, config.shaping_end),
+        Ramp(0.0, config.penalty, config.penalty_begin, config.penalty_end),
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_have_the_objective_of_the_paper(path: Path) -> None:
+    config = read_config(path)
+    assert config.gated and config.network in path.stem
+    assert (config.penalized, config.budget, config.prior) == ("open-gates", 0.0, (0.6, 0.4))
+    assert config.noise_end is None and config.hidden == 16
+    gamma, lambda_ = ramps(config)
+    for epoch, weight, share in [(0, 0.75, 0.0), (50, 0.375, 0.0), (100, 0.0, 0.0), (200, 0.0, 0.5), (300, 0.0, 1.0)]:
+        assert gamma(epoch / 500) == pytest.approx(weight)
+        assert lambda_(epoch / 500) == pytest.approx(share * config.penalty)
+    assert config.penalty > 0
+
+
+def test_the_configuration_for_cifar_is_the_recipe_of_the_paper() -> None:
+    config = read_config(CONFIGS / "cifar10_resnet20.yaml")
+    assert (config.network, config.data, config.width, config.augment) == ("resnet20", "cifar10", 16, True)
+    assert (config.epochs, config.batch_size, config.accumulate) == (500, 256, 1)
+    assert (config.learning_rate, config.momentum, config.weight_decay) == (0.1, 0.9, 5e-4)
+    assert config.schedule == "steps"
+    rate = Steps(config.milestones)
+    falls = [epoch for epoch in range(1, 500) if rate(epoch / 500) < rate((epoch - 1) / 500)]
+    assert falls == [300, 375, 450]
+
+
+def test_there_are_three_configurations() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
+        "cifar10_resnet20",
+        "imagenet_resnet34",
+        "imagenet_resnet50",
+    }
