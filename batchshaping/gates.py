@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,7 +98,7 @@ class Gate(nn.Module):
     noise: Tensor
     _logits: Tensor | None
     _decisions: Tensor | None
-    _forced: _Forced | None
+    _forced: Callable[[Tensor], Tensor] | None
 
     def __init__(self, temperature: float = 2 / 3) -> None:
         super().__init__()
@@ -150,16 +152,24 @@ class Gate(nn.Module):
 
 
 class _Forced:
-    """Decides at random, whatever the logits are."""
+    """Decides at random, whatever the logits are.
+
+    Chance follows from the seed, the gate and the number of the model's forward pass, so that what
+    runs again in the backward pass, to save memory, meets the same decisions.
+    """
 
     def __init__(self, share: float, seed: int) -> None:
         self.share = share
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.passes = 0
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        # On the CPU, so that every device gets the same gates.
-        uniform = torch.rand(logits.shape, generator=self.generator, dtype=torch.float64)
-        return (uniform < self.share).to(logits)
+    def count(self, *_: object) -> None:
+        """Another forward pass begins, unless it is one within a backward pass."""
+        self.passes += torch._C._current_graph_task_id() == -1
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        uniform = np.random.default_rng([self.seed, gate, self.passes]).random(logits.shape)
+        return torch.from_numpy(uniform < self.share).to(logits)
 
 
 @contextmanager
@@ -169,7 +179,8 @@ def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None
     Args:
         model: a module that holds :class:`Gate` s.
         share: each gate is open for each example with this probability: 1 opens all, 0 closes all.
-        seed: of the decisions; the same seed and batches give the same decisions, on every device.
+        seed: of the decisions, not negative; the same seed and batches give the same decisions, on every
+            device. A backward pass that computes layers again belongs within the context too.
 
     Raises:
         ValueError: if the share is not in [0, 1] or the model has no gates.
@@ -186,11 +197,13 @@ def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None
     gates = named_gates(model).values()
     before = [gate._forced for gate in gates]
     forced = _Forced(share, seed)
+    counting = model.register_forward_pre_hook(forced.count)
     try:
-        for gate in gates:
-            gate._forced = forced
+        for index, gate in enumerate(gates):
+            gate._forced = partial(forced, gate=index)
         yield
     finally:
+        counting.remove()
         for gate, earlier in zip(gates, before, strict=True):
             gate._forced = earlier
 

@@ -29,9 +29,15 @@ DTYPES = [
 def tensors(draw: st.DrawFn) -> Tensor:
     """Of any dtype and of up to three dimensions, perhaps empty, perhaps strided."""
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
-    bits = torch.randint(0, 2, (*shape, 16), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    bits = torch.randint(
+        0, 2, (*shape, 16), generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    )
     tensor = (bits @ 2 ** torch.arange(16)).to(draw(st.sampled_from(DTYPES)))
-    return draw(st.sampled_from([tensor, tensor.T if tensor.ndim == 2 else tensor, tensor[..., ::2] if shape else tensor]))
+    return draw(
+        st.sampled_from(
+            [tensor, tensor.T if tensor.ndim == 2 else tensor, tensor[..., ::2] if shape else tensor]
+        )
+    )
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -40,7 +46,9 @@ keys = text | awkward | st.integers(-3, 10**20)
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | text | tensors()
 trees = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(keys, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(keys, inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
@@ -88,7 +96,8 @@ def test_memory_that_is_shared_is_not_lost(tmp_path: Path) -> None:
 
 
 def test_the_state_of_an_optimizer_and_a_generator_comes_back(tmp_path: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    first = torch.nn.Linear(3, 2)
+    model = torch.nn.Sequential(first, torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
@@ -101,7 +110,7 @@ def test_the_state_of_an_optimizer_and_a_generator_comes_back(tmp_path: Path) ->
     found = read_checkpoint(tmp_path / "x")
     assert same(found, state)
     optimizer.load_state_dict(found["optimizer"])
-    assert optimizer.state[model[0].weight]["momentum_buffer"].shape == (2, 3)
+    assert optimizer.state[first.weight]["momentum_buffer"].shape == (2, 3)
 
 
 def test_lightning_saves_loads_and_removes_by_it(tmp_path: Path) -> None:
@@ -154,7 +163,7 @@ def test_keys_that_would_not_come_back_are_refused(key: Any, tmp_path: Path) -> 
     "tensor", [torch.zeros(2, dtype=torch.complex128), torch.eye(2).to_sparse()], ids=["complex128", "sparse"]
 )
 def test_tensors_that_the_format_does_not_have_are_refused(tensor: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="at a$"):
+    with pytest.raises(TypeError, match=r"at a$"):
         write_checkpoint({"a": tensor}, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
@@ -190,7 +199,9 @@ def test_a_pickle_is_refused_and_not_run(save: Any, tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-def test_a_part_of_a_checkpoint_is_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_part_of_a_checkpoint_is_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.getbasetemp() / "whole"
     write_checkpoint({"a": torch.arange(5), "b": [1, {"c": torch.ones(2)}]}, path)
     whole = path.read_bytes()
@@ -244,8 +255,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 # Interruptions
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])
-@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace", "batchshaping.training.checkpoints.save"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"]
+)
+@pytest.mark.parametrize(
+    "where", ["os.fsync", "pathlib.Path.replace", "batchshaping.training.checkpoints.save"]
+)
 def test_a_write_that_is_interrupted_leaves_the_old_file(
     where: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""A configuration is the same from code, a file and a command line, and what is wrong with one fits in a line."""
+"""A configuration is the same from code, a file and a command line; what is wrong with one fits in a line."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 def test_a_configuration_does_not_change() -> None:
     config = RunConfig()
     with pytest.raises(ValueError, match="frozen"):
-        config.budget = 0.1  # type: ignore[misc]
+        config.budget = 0.1
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,9 @@ def test_a_configuration_does_not_change() -> None:
     ],
     ids=lambda content: repr(content[:30]),
 )
-def test_what_is_no_configuration_is_refused_with_the_name_of_the_file(content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_configuration_is_refused_with_the_name_of_the_file(
+    content: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
@@ -272,7 +274,7 @@ def test_what_is_no_configuration_is_refused_with_the_name_of_the_file(content: 
 
 @pytest.mark.parametrize("name", ["missing.yaml", ""])
 def test_a_file_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="(No such file|Is a directory)") as error:
+    with pytest.raises(ValueError, match=r"(No such file|Is a directory)") as error:
         read_config(tmp_path / name)
     assert str(error.value).startswith(f"{tmp_path / name}: ")
 
@@ -304,7 +306,13 @@ def test_the_configurations_have_the_objective_of_the_paper(path: Path) -> None:
     assert (config.penalized, config.budget, config.prior) == ("open-gates", 0.0, (0.6, 0.4))
     assert config.noise_end is None and config.hidden == 16
     gamma, lambda_ = ramps(config)
-    for epoch, weight, share in [(0, 0.75, 0.0), (50, 0.375, 0.0), (100, 0.0, 0.0), (200, 0.0, 0.5), (300, 0.0, 1.0)]:
+    for epoch, weight, share in [
+        (0, 0.75, 0.0),
+        (50, 0.375, 0.0),
+        (100, 0.0, 0.0),
+        (200, 0.0, 0.5),
+        (300, 0.0, 1.0),
+    ]:
         assert gamma(epoch / 500) == pytest.approx(weight)
         assert lambda_(epoch / 500) == pytest.approx(share * config.penalty)
     assert config.penalty > 0

@@ -1,4 +1,4 @@
-"""Data is what its files hold, in every format, and a file that is not what it should be is named in one line."""
+"""Data is what its files hold, in every format; a file that is not what it should be is named in one line."""
 
 from __future__ import annotations
 
@@ -49,11 +49,14 @@ def test_the_digits_are_those_of_scikit_learn_apart_and_in_equal_shares() -> Non
     original = load_digits()
     found = Counter(
         (tuple(image.flatten().tolist()), label)
-        for image, label in zip(torch.cat([train, test]), torch.cat([train_labels, test_labels]).tolist(), strict=True)
+        for image, label in zip(
+            torch.cat([train, test]), torch.cat([train_labels, test_labels]).tolist(), strict=True
+        )
     )
     grey = np.round(original.images * 255 / 16).astype(int)
     assert found == Counter(
-        (tuple(image.flatten().tolist()), label) for image, label in zip(grey, original.target.tolist(), strict=True)
+        (tuple(image.flatten().tolist()), label)
+        for image, label in zip(grey, original.target.tolist(), strict=True)
     )
     assert len(test) == 450
     for digit in range(10):
@@ -66,8 +69,12 @@ def test_normalized_images_have_mean_0_and_standard_deviation_1(tmp_path: Path) 
     write_cifar10(tmp_path)
     for data in (load("digits"), load("cifar10", tmp_path)):
         normalized = data.normalize(everything(data.train)[0]).double()
-        torch.testing.assert_close(normalized.mean(dim=(0, 2, 3)), torch.zeros(data.shape[0]).double(), atol=1e-6, rtol=0)
-        torch.testing.assert_close(normalized.std(dim=(0, 2, 3)), torch.ones(data.shape[0]).double(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            normalized.mean(dim=(0, 2, 3)), torch.zeros(data.shape[0]).double(), atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            normalized.std(dim=(0, 2, 3)), torch.ones(data.shape[0]).double(), atol=1e-4, rtol=0
+        )
 
 
 def test_fewer_training_images_are_some_of_all() -> None:
@@ -93,7 +100,12 @@ def test_more_images_than_there_are_are_refused() -> None:
 
 # Fashion-MNIST
 
-NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+NAMES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def idx(array: Array) -> bytes:
@@ -124,10 +136,8 @@ def test_fashion_mnist_is_what_its_files_hold(compressed: bool, within: str, tmp
         pixels, labels = everything(images)
         np.testing.assert_array_equal(pixels[:, 0].numpy(), arrays[f"{part}-images-idx3-ubyte"])
         np.testing.assert_array_equal(labels.numpy(), arrays[f"{part}-labels-idx1-ubyte"])
-    assert (data.mean[0], data.std[0]) == (
-        pytest.approx(arrays[NAMES[0]].mean() / 255),
-        pytest.approx((arrays[NAMES[0]] / 255).std(ddof=1)),
-    )
+    assert data.mean[0] == pytest.approx(arrays[NAMES[0]].mean() / 255)
+    assert data.std[0] == pytest.approx((arrays[NAMES[0]] / 255).std(ddof=1))
 
 
 def becomes(content: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -144,7 +154,9 @@ HARM: dict[str, Callable[[Path], object]] = {
     "truncated gzip": lambda path: path.write_bytes(path.read_bytes()[:-9]),
     "half a gzip": lambda path: path.write_bytes(path.read_bytes()[:25]),
     "no gzip": lambda path: path.write_bytes(b"spam" * 100),
-    "harmed gzip": lambda path: path.write_bytes(path.read_bytes()[:20] + b"\xff" * 8 + path.read_bytes()[28:]),
+    "harmed gzip": lambda path: path.write_bytes(
+        path.read_bytes()[:20] + b"\xff" * 8 + path.read_bytes()[28:]
+    ),
     "empty file": lambda path: path.write_bytes(b""),
     "empty array": becomes(lambda content: b""),
     "other magic number": becomes(lambda content: b"\1" + content[1:]),
@@ -332,11 +344,15 @@ def test_a_broken_image_is_named_by_whoever_loads_it(
     path = tmp_path / "train" / "dog" / "1.png"
     path.write_bytes(path.read_bytes()[:70] if content is None else content)
     data = load("folder", tmp_path, image_size=8)
-    loader = DataLoader(data.train, batch_size=6, num_workers=workers, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+    images: Any = data.train
+    loader: DataLoader[Any] = DataLoader(images, 6, num_workers=workers, collate_fn=lambda batch: batch)
     with pytest.raises(DataError) as error:
         next(iter(loader))
-    assert str(error.value).strip().splitlines()[-1].endswith(
-        f"{path}: expected an image, received something else"
+    assert (
+        str(error.value)
+        .strip()
+        .splitlines()[-1]
+        .endswith(f"{path}: expected an image, received something else")
     )
 
 
@@ -404,7 +420,12 @@ def test_each_image_is_shifted_and_perhaps_flipped(
     image = torch.arange(1, 1 + channels * size[0] * size[1], dtype=torch.uint8).reshape(channels, *size)
     shifts = range(-padding, padding + 1)
     images = [image, image.flip(2)] if flip else [image]
-    expected = {tuple(shifted(i, down, right).flatten().tolist()) for i in images for down in shifts for right in shifts}
+    expected = {
+        tuple(shifted(i, down, right).flatten().tolist())
+        for i in images
+        for down in shifts
+        for right in shifts
+    }
     given = image.expand(2000, *image.shape).clone()
     found = shift_and_flip(given, padding, flip)
     assert found.dtype == torch.uint8 and torch.equal(given, image.expand_as(given))

@@ -86,7 +86,10 @@ def multiply_adds(network: nn.Module, data: Data, gates: list[Tensor]) -> tuple[
     handles = [layer.register_forward_hook(partial(count, name=name)) for name, layer in layers.items()]
     plain = make_network(RunConfig(width=2, gated=False), len(data.classes), data.shape[0]).eval()
     plain_layers = {name: m for name, m in plain.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    handles += [layer.register_forward_hook(partial(count, name=f"plain {name}")) for name, layer in plain_layers.items()]
+    handles += [
+        layer.register_forward_hook(partial(count, name=f"plain {name}"))
+        for name, layer in plain_layers.items()
+    ]
     modes = {module: module.training for module in network.modules()}
     logits = [gate._logits for gate in network.modules() if isinstance(gate, Gate)]
     with torch.no_grad():
@@ -102,7 +105,8 @@ def multiply_adds(network: nn.Module, data: Data, gates: list[Tensor]) -> tuple[
     own = sum(n for name, n in macs.items() if not name.startswith("plain "))
     # A basic block's gates are those of conv1's outputs, which are conv2's inputs.
     convolutions = [
-        [n for name, n in macs.items() if name in (f"layer{stage}.0.conv1", f"layer{stage}.0.conv2")] for stage in (1, 2, 3)
+        [n for name, n in macs.items() if name in (f"layer{stage}.0.conv1", f"layer{stage}.0.conv2")]
+        for stage in (1, 2, 3)
     ]
     fixed = own - sum(map(sum, convolutions))
     switched = [p.mean() * sum(pair) for p, pair in zip(gates, convolutions, strict=True)]
@@ -122,6 +126,8 @@ def shaping(p: Tensor, a: float, b: float) -> tuple[float, Tensor]:
 
 class Objective(pl.Callback):
     """Compares the loss of each step, and its gradient in every parameter, with the formula."""
+
+    logits: Tensor
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
@@ -157,7 +163,9 @@ class Objective(pl.Callback):
             torch.autograd.grad(x, list(parameters.values()), retain_graph=True) for x in (loss, surrogate)
         )
         for name, one, other in zip(parameters, found, by_formula, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * (1 + float(other.abs().max())), msg=name)
+            torch.testing.assert_close(
+                one, other, rtol=1e-3, atol=1e-5 * (1 + float(other.abs().max())), msg=name
+            )
             assert (one != 0).any() or "gate" not in name, name
         self.steps.append((gamma, lambda_))
 
@@ -220,7 +228,8 @@ def test_every_parameter_is_in_one_group_and_those_of_gates_do_not_decay() -> No
     trainer = fit(module)
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, torch.optim.SGD)
-    decay, rate = {}, {}
+    decay: dict[str, float] = {}
+    rate: dict[str, float] = {}
     names = {p: name for name, p in module.network.named_parameters()}
     for group in optimizer.param_groups:
         assert group["nesterov"] and group["momentum"] == 0.9
@@ -365,11 +374,19 @@ class Curve(pl.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         names = ("loss", "cross_entropy", "batch_shaping", "penalty")
         logged = trainer.callback_metrics
-        self.steps.append({name: float(logged[f"{name}_step" if f"{name}_step" in logged else name]) for name in names if name in logged})
+        self.steps.append(
+            {
+                name: float(logged[f"{name}_step" if f"{name}_step" in logged else name])
+                for name in names
+                if name in logged
+            }
+        )
 
 
-def curve(config: RunConfig, **settings: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]], list[Tensor]]:
-    """Loss curve, history and final weights of a training without noise and with synchronized normalization."""
+def curve(
+    config: RunConfig, **settings: Any
+) -> tuple[list[dict[str, float]], list[dict[str, Any]], list[Tensor]]:
+    """Loss curve, history and final weights of a training without noise, its normalization synchronized."""
     module = made(config).double()
     module.noise = type(module.noise)(0.0, 0.0, 0.0, 1.0)
     synchronized(module.network)
@@ -379,7 +396,9 @@ def curve(config: RunConfig, **settings: Any) -> tuple[list[dict[str, float]], l
 
 
 def curve_of_a_rank(rank: int, world: int, config: RunConfig) -> Any:
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    os.environ.update(
+        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
+    )
     return curve(config, strategy="ddp", devices=world)
 
 
@@ -396,12 +415,20 @@ def numbers(value: Any) -> list[float]:
 @pytest.mark.parametrize("settings", [{}], ids=["two ranks"])
 def test_two_ranks_follow_the_loss_curve_of_one_process(settings: dict[str, Any], tmp_path: Path) -> None:
     config = with_settings(
-        precision="64", augment=False, epochs=10, penalized="multiply-adds", budget=0.6, learning_rate=0.02, **settings
+        precision="64",
+        augment=False,
+        epochs=10,
+        penalized="multiply-adds",
+        budget=0.6,
+        learning_rate=0.02,
+        **settings,
     )
     expected, history, weights = curve(config)
     assert len(expected) == 40
     with Ranks(2) as ranks:
-        outcomes = ranks.run(curve_of_a_rank, with_settings(**{**config.model_dump(), "devices": 2}), timeout=120)
+        outcomes = ranks.run(
+            curve_of_a_rank, with_settings(**{**config.model_dump(), "devices": 2}), timeout=120
+        )
     for steps, of_rank, of_rank_weights in outcomes:
         np.testing.assert_allclose(numbers(steps), numbers(expected), rtol=0, atol=1e-8)
         np.testing.assert_allclose(numbers(of_rank), numbers(history), rtol=1e-8, atol=1e-8)

@@ -163,6 +163,19 @@ def test_runs_that_differ_by_their_seed_only_are_one_group() -> None:
         assert name in group["hover"]
 
 
+def test_only_runs_on_the_same_data_are_compared() -> None:
+    settings: list[dict[str, Any]] = [
+        {"width": 8},
+        {"width": 32, "epochs": 5},
+        {"data": "fashion-mnist"},
+        {"train_images": 100},
+    ]
+    data = drawn(report_html({str(each): result(gated=False, **each) for each in settings}))
+    wide, narrow, fashion, few = (group["data"] for group in data["groups"])
+    assert wide == narrow
+    assert len({wide, fashion, few}) == 3
+
+
 def test_each_run_is_of_its_kind() -> None:
     runs = {
         "plain": result(gated=False),
@@ -191,6 +204,13 @@ def test_the_headline_says_what_was_saved_and_what_it_cost() -> None:
     )
     assert heading({"a": worse}) == "An ungated run with 98.0% accuracy"
     assert heading({"a": worse, "b": better}) == "2 ungated runs with 98.0 to 99.0% accuracy"
+
+
+def test_a_column_compares_with_ungated_runs_if_there_are_any() -> None:
+    head = '<th scope="col"><button type="button">Against ungated</button></th>'
+    runs = {"a": result(), "b": result(width=8)}
+    assert head not in report_html(runs)
+    assert head in report_html(runs | {"c": result(gated=False)})
 
 
 def test_gates_that_save_nothing_are_not_said_to_save() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
-import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,7 @@ CONFIG = RunConfig(
 )
 SHORT = CONFIG.model_copy(update={"epochs": 2})
 FILES = {"config.yaml", "history.json", "checkpoint.safetensors", "model.safetensors", "result.json", "logs"}
-MAIN = "from batchshaping.cli import main; main()"
+COMMAND = shutil.which("batchshaping", path=sysconfig.get_path("scripts")) or "batchshaping"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,11 +114,10 @@ def interrupt_with(which: signal.Signals, folder: Path) -> tuple[int, str]:
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "train", *settings, "--output", str(folder)],
+        [COMMAND, "train", *settings, "--output", str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=folder.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         # A shell without job control lets what it starts in the background ignore this signal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -159,18 +159,19 @@ def gate_resnet(resnet: Network, hidden: int = 16, bias: float = 0.0) -> Network
     }
     if any(isinstance(module, GatedBlock) for module in resnet.modules()):
         raise ValueError(f"resnet must not be gated yet, received a gated {type(resnet).__name__}")
-    # All are found before one is replaced.
-    blocks = [
-        (parent, name, gated_by_type[type(child)](child, hidden, bias))
-        for parent in resnet.modules()
-        for name, child in parent.named_children()
-        if type(child) in gated_by_type
-    ]
-    if not blocks:
+    gated = {
+        block: gated_by_type[type(block)](block, hidden, bias)
+        for block in resnet.modules()
+        if type(block) in gated_by_type
+    }
+    if not gated:
         raise ValueError(
             "resnet must hold residual blocks of torchvision (BasicBlock or Bottleneck), "
             f"received a {type(resnet).__name__} without any"
         )
-    for parent, name, gated in blocks:
-        setattr(parent, name, gated)
+    for parent in [*resnet.modules()]:
+        # Not named_children, which leaves out a block that is used a second time.
+        for name, child in [*parent._modules.items()]:
+            if child in gated:
+                setattr(parent, name, gated[child])
     return resnet

@@ -38,7 +38,7 @@ class _Layer(NamedTuple):
         """Multiply-adds of each example, of shape (N,)."""
         # Of each group, the share of pairs of an input and an output channel that are both open.
         shares: list[Tensor] = [
-            gates[gate].unflatten(1, (self.groups, -1)).mean(dim=2)
+            _at_least_float32(gates[gate]).unflatten(1, (self.groups, -1)).mean(dim=2)
             for gate in (self.gate_of_input, self.gate_of_output)
             if gate is not None
         ]
@@ -74,7 +74,8 @@ class MultiplyAdds:
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         by_layer: dict[str, _Layer] = {}
-        with _counted(model, len(x), by_layer), torch.no_grad():
+        # A compiled model would not see that it is being counted.
+        with _counted(model, len(x), by_layer), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(x)
         gates = [name for name, module in model.named_modules() if isinstance(module, Gate)]
         within_gates = {
@@ -109,10 +110,9 @@ class MultiplyAdds:
         Returns:
             A tensor of shape (N,); of shape (1,) if the model has no gates.
         """
-        if not self._switched:
-            return torch.full((1,), float(self.fixed))
+        fixed = torch.full((len(gates[0]) if gates else 1,), float(self.fixed))
         switched = [layer.of(gates) for layer in self._switched]
-        return torch.stack(switched).sum(dim=0) + self.fixed
+        return torch.stack([*switched, fixed.to(switched[0]) if switched else fixed]).sum(dim=0)
 
     def per_layer(self, gates: Sequence[Tensor]) -> dict[str, Tensor]:
         """Multiply-adds of each example in each layer that has any, by the name of the layer.
@@ -164,14 +164,16 @@ def _counted(model: nn.Module, examples: int, by_layer: dict[str, _Layer]) -> It
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd | nn.Linear):
 
-            def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            def count(
+                module: Any, args: Any, kwargs: dict[str, Any], output: Tensor, name: str = name
+            ) -> None:
                 # One value that is multiplied by weights meets those of one channel.
-                values = inputs[0] if isinstance(module, _ConvTransposeNd) else output
+                values = [*args, *kwargs.values()][0] if isinstance(module, _ConvTransposeNd) else output
                 macs = values.numel() / examples * module.weight[0].numel()
                 earlier = by_layer[name].dense if name in by_layer else 0.0
                 by_layer[name] = _Layer(earlier + macs, getattr(module, "groups", 1))
 
-            handles.append(module.register_forward_hook(count))
+            handles.append(module.register_forward_hook(count, with_kwargs=True))
     try:
         model.eval()
         yield
@@ -180,6 +182,10 @@ def _counted(model: nn.Module, examples: int, by_layer: dict[str, _Layer]) -> It
             module.training = True
         for handle in handles:
             handle.remove()
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _join(prefix: str, name: str) -> str:

@@ -28,16 +28,11 @@ __all__ = ["prior_masses", "report_html", "write_report"]
 KINDS = ("ungated", "L0 only", "batch-shaping")
 """What a run can be, in the order of the legend."""
 
-_NETWORK_AND_DATA = (
-    "network",
-    "width",
-    "stem_stride",
-    "data",
-    "data_folder",
-    "image_size",
-    "train_images",
-)
-"""Settings in which an ungated run must be equal to be what a gated run is compared with."""
+_DATA = ("data", "data_folder", "image_size", "train_images")
+"""Settings that are equal for runs whose accuracies can be compared."""
+
+_NETWORK = ("network", "width", "stem_stride")
+"""Settings that are equal, too, for a gated run and its ungated reference."""
 
 
 def write_report(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -94,8 +89,8 @@ def prior_masses(prior: Sequence[float], bins: int) -> list[float]:
         bins: how many there are.
 
     Example:
-        >>> prior_masses((1, 1), bins=4)
-        [0.25, 0.25, 0.25, 0.25]
+        >>> [round(mass, 3) for mass in prior_masses((0.6, 0.4), bins=4)]
+        [0.234, 0.15, 0.167, 0.449]
     """
     # The density may be infinite at the ends; the mass of a bin is not.
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)
@@ -149,15 +144,13 @@ class _Run:
         """Equal for runs that differ by their seed only."""
         return json.dumps({**self.config, "seed": None}, sort_keys=True)
 
-    @cached_property
-    def network_and_data(self) -> str:
-        """Equal for runs that can be compared."""
-        return json.dumps([self.config.get(name) for name in _NETWORK_AND_DATA])
+    def settings(self, names: Iterable[str]) -> str:
+        """Equal for runs that are equal in some of their settings."""
+        return json.dumps([self.config.get(name) for name in names])
 
 
 def _run(name: str, result: Mapping[str, Any]) -> _Run:
     try:
-        quantiles = result["quantiles"]
         run = _Run(
             name=name,
             config=dict(result["config"].items()),
@@ -166,7 +159,7 @@ def _run(name: str, result: Mapping[str, Any]) -> _Run:
             spent=float(result["multiply_adds"]),
             dense=float(result["cost"]["dense"]),
             gates=_gates(result["gates"]),
-            spread=(float(quantiles[0]), float(quantiles[len(quantiles) // 2]), float(quantiles[-1])),
+            spread=_least_median_most(result["quantiles"]),
             extremes={which: [_image(image) for image in result[which]] for which in ("least", "most")},
             figures=_figures(result),
         )
@@ -187,6 +180,10 @@ _SHARES = ("always_on", "conditional", "always_off", "mean_open")
 
 def _gates(gates: Mapping[str, float] | None) -> dict[str, float]:
     return {share: float(gates[share]) for share in _SHARES} if gates else {}
+
+
+def _least_median_most(quantiles: Sequence[float]) -> tuple[float, float, float]:
+    return float(quantiles[0]), float(quantiles[len(quantiles) // 2]), float(quantiles[-1])
 
 
 def _image(image: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,10 +234,11 @@ def _name(name: str) -> dict[str, str]:
 
 def _reference(run: _Run, runs: Iterable[_Run]) -> float | None:
     """The accuracy of a gated run's network without gates on the same data, if there is a run of it."""
+    same = (*_NETWORK, *_DATA)
     accuracies = [
         other.accuracy
         for other in runs
-        if run.gates and not other.gates and other.network_and_data == run.network_and_data
+        if run.gates and not other.gates and other.settings(same) == run.settings(same)
     ]
     return fmean(accuracies) if accuracies else None
 
@@ -281,7 +279,7 @@ def _groups(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     return [
         {
             "kind": group[0].kind,
-            "data": group[0].config.get("data"),
+            "data": group[0].settings(_DATA),
             "accuracy": _spread([run.accuracy for run in group]),
             "multiply_adds": _spread([run.spent for run in group]),
             "hover": _group_hover(group),
