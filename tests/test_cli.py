@@ -267,7 +267,7 @@ def test_a_pickle_is_refused_and_not_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["fit"], ["fit", *BETA, "--steps", "0"], ["demo", "--epochs", "x"], ["train"]]
+    "arguments", [["fit"], ["fit", *BETA, "--steps", "0"], ["demo", "--epochs", "x"], ["train", "--nothing"]]
 )
 def test_usage_errors_leave_nothing_behind(arguments: list[str]) -> None:
     assert CliRunner().invoke(app, arguments).exit_code == 2

@@ -335,8 +335,7 @@ def test_the_folder_must_be_given() -> None:
     assert "data_folder" in refused("folder")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"", b"spam", None])
+@pytest.mark.parametrize(("workers", "content"), [(0, b""), (0, b"spam"), (0, None), (1, None)])
 def test_a_broken_image_is_named_by_whoever_loads_it(
     workers: int, content: bytes | None, tmp_path: Path
 ) -> None:

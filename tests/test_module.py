@@ -209,7 +209,7 @@ class Steps(pl.Callback):
     """Notes what is in force in each step."""
 
     def __init__(self) -> None:
-        self.noise: list[tuple[float, set[float]]] = []
+        self.noise: list[tuple[int, set[float]]] = []
         self.rates: list[tuple[int, list[float]]] = []
         self.gradients: list[dict[str, Tensor]] = []
 
@@ -238,8 +238,8 @@ def test_every_parameter_is_in_one_group_and_those_of_gates_do_not_decay() -> No
             decay[names[parameter]], rate[names[parameter]] = group["weight_decay"], group["initial_lr"]
     assert set(decay) == set(names.values())
     for name in decay:
-        gate = ".gate1." in name
-        assert (decay[name], rate[name]) == ((0.0, 0.2) if gate else (0.01, 0.05)), name
+        expected = (0.0, 0.2) if ".gate1." in name else (0.01, 0.05)
+        assert (decay[name], rate[name]) == expected, name
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         return checkpoint
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
         raise ValueError(f"{path}: expected a checkpoint of batchshaping, received something else") from None
 
 
@@ -97,13 +97,19 @@ class SafeCheckpoints(CheckpointIO):
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """The same in what JSON has, with the tensors collected by name."""
     if isinstance(value, Tensor):
-        while name in tensors or not name:  # different paths can read alike: "a.b" and "b" in "a"
+        if value.layout != torch.strided or value.dtype == torch.complex128:
+            raise TypeError(f"a checkpoint must hold dense tensors, received {value.dtype} at {name}")
+        # Different paths can read alike: "a.b" and "b" in "a". The format keeps one name for itself.
+        while name in tensors or name in ("", "__metadata__"):
             name += "'"
         # A copy where memory is shared, which the format does not allow.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(value, Mapping):
         pairs = [(key, _without_tensors(item, _path(name, key), tensors)) for key, item in value.items()]
+        wrong = [key for key, _ in pairs if not isinstance(key, str | int | float | None)]
+        if wrong:
+            raise TypeError(f"a checkpoint must have numbers and text as keys, received {wrong[0]!r}")
         plain = all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs)
         return dict(pairs) if plain else {_PAIRS: [list(pair) for pair in pairs]}
     if isinstance(value, list | tuple):

@@ -85,8 +85,8 @@ class RunConfig(BaseModel):
     """Whether the network has gates."""
     hidden: _Count = 16
     """Width of the MLP in each gate."""
-    gate_bias: float = 0.0
-    """Added to the gates' initial logits."""
+    gate_bias: float = 3.0
+    """Added to the gates' initial logits: 0 starts with half of the channels open, 3 with nearly all."""
 
     data: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or folder: of images, in train/CLASS and test/CLASS."""
@@ -166,13 +166,23 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             raise ValueError(_one_line(error)) from None
 
-    @field_validator("prior", "milestones", "noise_end", mode="before")
+    @field_validator("prior", "milestones", mode="before")
     @classmethod
     def _from_text(cls, value: object) -> object:
-        """From a command line: several numbers as 0.6,0.4 and no number as none."""
-        if isinstance(value, str) and "," in value:
-            return value.split(",")
+        """From a command line: several numbers as 0.6,0.4."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("noise_end", "train_images", "data_folder", mode="before")
+    @classmethod
+    def _or_none(cls, value: object) -> object:
+        """From a command line: none for what a file has and should not be."""
         return None if value == "none" else value
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        """From YAML, where 32 is a number."""
+        return str(value) if isinstance(value, int) else value
 
     @field_validator("network")
     @classmethod
@@ -224,16 +234,17 @@ def read_config(path: Path, **settings: Any) -> RunConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"{path}: expected a YAML file, received something else") from None
     if content is None:
         content = {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path}: expected settings as name: value, received a {type(content).__name__}")
     try:
-        return RunConfig(**{**content, **settings})
+        RunConfig(**content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return RunConfig(**{**content, **settings})
 
 
 def write_config(config: RunConfig, path: Path) -> None:

@@ -231,6 +231,9 @@ def _fashion_mnist(config: RunConfig) -> Data:
                 f"received {len(labels)} from {labels.min()} to {labels.max()}"
             )
         parts[part] = ImagesInMemory(images.unsqueeze(1), labels.long())
+    sizes = [tuple(part.images.shape[1:]) for part in parts.values()]
+    if sizes[0] != sizes[1]:
+        raise DataError(f"{folder}: expected test images of shape {sizes[0]}, received {sizes[1]}")
     return _in_memory(parts["train"], parts["t10k"], _FASHION, padding=2, flip=True)
 
 

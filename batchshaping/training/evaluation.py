@@ -34,6 +34,10 @@ class Evaluation:
         self.classes = classes
         self.names = [name for name, module in network.named_modules() if isinstance(module, Gate)]
         self.counts = GateCounts(len(classes))
+        if self.names:
+            # The network ran when its cost was measured. A rank without an example adds up zeros.
+            gates = (decisions.shape[1] for decisions in gate_decisions(network))
+            self.counts.open = [torch.zeros(len(classes), n, dtype=torch.long) for n in gates]
         self.histograms = torch.zeros(len(self.names), BINS, dtype=torch.long)
         self.sums = torch.zeros(3, len(classes), dtype=torch.double)  # by class: loss, correct, multiply-adds
 
@@ -132,12 +136,13 @@ def evaluate(
         ``least`` and ``most``.
     """
     network.eval()
-    zeros = torch.zeros(1, *data.shape, device=device)
+    dtype = next(network.parameters()).dtype
+    zeros = torch.zeros(1, *data.shape, device=device, dtype=dtype)
     cost = MultiplyAdds(network, zeros)
     evaluation = Evaluation(network, cost, data.classes)
     predicted, spent = [], []
     for images, labels in batches(data.test, batch):
-        logits = network(data.normalize(images.to(device)))
+        logits = network(data.normalize(images.to(device)).to(dtype))
         guesses, macs = evaluation.update(network, logits, labels.to(device))
         predicted.append(guesses.cpu())
         spent.append(macs.double().cpu())

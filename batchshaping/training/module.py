@@ -47,7 +47,10 @@ def make_network(config: RunConfig, classes: int, channels: int) -> nn.Module:
     else:
         from torchvision.models import get_model
 
-        resnet = get_model(config.network, weights="DEFAULT" if config.pretrained else None)
+        try:
+            resnet = get_model(config.network, weights="DEFAULT" if config.pretrained else None)
+        except OSError as error:
+            raise ValueError(f"pretrained: the download of the weights failed: {error}") from None
         if channels != resnet.conv1.in_channels:
             first = resnet.conv1
             resnet.conv1 = nn.Conv2d(
@@ -75,6 +78,7 @@ class GatedClassifier(pl.LightningModule):
         self.config = config
         self.data = data
         self.network = make_network(config, len(data.classes), data.shape[0])
+        self._gates = [module for module in self.network.modules() if isinstance(module, Gate)]
         self.cost = MultiplyAdds(self.network, torch.zeros(1, *data.shape))
         least = self.cost.fixed / self.cost.dense
         if config.gated and config.penalized == "multiply-adds" and 0 < config.budget < least:
@@ -103,9 +107,8 @@ class GatedClassifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         noise = self.noise(self.progress)
-        for module in self.network.modules():
-            if isinstance(module, Gate):
-                module.noise.fill_(noise)
+        for gate in self._gates:
+            gate.noise.fill_(noise)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -114,12 +117,14 @@ class GatedClassifier(pl.LightningModule):
         if self.config.gated:
             parts |= self._gate_terms()
         loss = torch.stack([*parts.values()]).sum()
-        every_step = {"loss": loss, **parts}
-        self.log_dict({name: part.detach() for name, part in every_step.items()}, sync_dist=True)
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        shown = {"accuracy": accuracy, "MMACs": self._spent() / 1e6, "open": self._open()}
-        self.log_dict(shown, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        # Not at every step: for a small network, telling costs as much as computing.
+        if (self.global_step + 1) % self.config.log_every == 0:
+            self.log_dict(
+                {"loss": loss.detach(), **{n: p.detach() for n, p in parts.items()}}, sync_dist=True
+            )
+            accuracy = (logits.argmax(dim=1) == labels).float().mean()
+            shown = {"accuracy": accuracy, "open": self._open(), "MMACs": self._spent() / 1e6}
+            self.log_dict(shown, prog_bar=True, sync_dist=True)
         return loss
 
     def _gate_terms(self) -> dict[str, Tensor]:
@@ -190,7 +195,7 @@ class GatedClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
-        gates = [p for m in self.network.modules() if isinstance(m, Gate) for p in m.parameters()]
+        gates = [parameter for gate in self._gates for parameter in gate.parameters()]
         in_gates = set(gates)
         groups = [
             {
@@ -265,7 +270,7 @@ class DataModule(pl.LightningDataModule):
         trainer = _trainer(self)
         if trainer.training and self.config.augment and (self.data.padding or self.data.flip):
             images = shift_and_flip(images, self.data.padding, self.data.flip)
-        return self.data.normalize(images), labels
+        return self.data.normalize(images).to(trainer.lightning_module.dtype), labels
 
 
 def _trainer(module: DataModule) -> pl.Trainer:

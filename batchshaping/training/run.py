@@ -26,11 +26,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -201,7 +201,7 @@ def _trainer(config: RunConfig, output: Path, progress: bool) -> pl.Trainer:
                 accumulate_grad_batches=config.accumulate,
                 sync_batchnorm=config.sync_batch_norm,
                 check_val_every_n_epoch=config.evaluate_every,
-                log_every_n_steps=config.log_every,
+                log_every_n_steps=1,  # when to log is up to the module
                 logger=_LOGGERS[config.logger](output),
                 callbacks=[*_callbacks(output), *[_OneBar(leave=False)] * progress],
                 plugins=[SafeCheckpoints()],
@@ -212,7 +212,7 @@ def _trainer(config: RunConfig, output: Path, progress: bool) -> pl.Trainer:
                 # Each epoch's own seed is given to what loads the images.
                 reload_dataloaders_every_n_epochs=1,
             )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     if config.sync_batch_norm and trainer.strategy.root_device.type == "cpu":
         raise ValueError("sync_batch_norm needs GPUs, received the CPU")
@@ -225,7 +225,11 @@ def _fit(
     started = time.monotonic()
     config = module.config
     with _quiet():
-        trainer.fit(module, DataModule(config, module.data), ckpt_path=checkpoint)
+        try:
+            trainer.fit(module, DataModule(config, module.data), ckpt_path=checkpoint)
+        except SystemExit:  # how Lightning ends a training that was interrupted
+            if not trainer.interrupted:
+                raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.global_rank > 0:

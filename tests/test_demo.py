@@ -7,22 +7,12 @@ import torch
 from matplotlib.figure import Figure
 
 import batchshaping as bs
-from batchshaping.training.demo import PRIOR, Outcome, digits, draw, train
+from batchshaping.training.demo import PRIOR, Outcome, draw, train
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> tuple[Outcome, Outcome]:
     return train(shaped=False, epochs=8, seed=2), train(shaped=True, epochs=8, seed=2)
-
-
-def test_the_digits_are_split_without_overlap_by_the_seed() -> None:
-    training, test = digits(seed=0)
-    assert training.images.shape == (1347, 1, 8, 8) and test.images.shape == (450, 1, 8, 8)
-    assert training.images.min() == 0 and training.images.max() == 1
-    both = torch.cat([training.images, test.images]).flatten(1)
-    assert len(both.unique(dim=0)) == 1797
-    assert torch.equal(digits(seed=0)[1].images, test.images)
-    assert not torch.equal(digits(seed=1)[1].images, test.images)
 
 
 def test_both_runs_start_alike_and_the_network_learns(outcomes: tuple[Outcome, Outcome]) -> None:
@@ -56,14 +46,8 @@ def test_the_seed_decides_everything_and_the_callers_random_numbers_go_on() -> N
     assert not torch.equal(first.before, train(shaped=True, epochs=1, seed=4).before)
 
 
-def test_progress_is_told_after_each_epoch() -> None:
-    told: list[tuple[int, int]] = []
-    train(shaped=False, epochs=2, progress=lambda *both: told.append(both))
-    assert told == [(1, 2), (2, 2)]
-
-
 def test_no_epochs_are_refused() -> None:
-    with pytest.raises(ValueError, match="epochs must be at least 1, received 0"):
+    with pytest.raises(ValueError, match=r"epochs: .* received 0"):
         train(shaped=True, epochs=0)
 
 
