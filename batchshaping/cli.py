@@ -297,10 +297,11 @@ def demo(
         from batchshaping.training.demo import draw, train
     _prepare(output, ["gates.png"], force=True)
 
-    outcomes = [
-        train(shaped=shaped, epochs=epochs, seed=seed, progress=sys.stderr.isatty())
-        for shaped in (False, True)
-    ]
+    with _extras():
+        outcomes = [
+            train(shaped=shaped, epochs=epochs, seed=seed, progress=sys.stderr.isatty())
+            for shaped in (False, True)
+        ]
     images, gates = outcomes[0].after.shape
     table = Table(
         box=rich.box.SIMPLE_HEAD,
@@ -345,7 +346,7 @@ def _train(config: Path | None, resume: Path | None, output: Path | None, **give
         from batchshaping.training.run import resume as resume_run
         from batchshaping.training.run import train
     folder = resume or output or Path("outputs/train")
-    with _refused():
+    with _extras(), _refused():
         try:
             progress = sys.stderr.isatty()
             result = train(run, folder, progress=progress) if run else resume_run(folder, progress=progress)
@@ -424,7 +425,7 @@ def evaluate(
     """
     with _extras():
         from batchshaping.training.run import evaluate_run
-    with _refused():
+    with _extras(), _refused():
         figures = evaluate_run(run, **({} if data_folder is None else {"data_folder": data_folder}))
     if as_json:
         print(json.dumps(figures))
@@ -452,7 +453,7 @@ def report(
     with _extras():
         from batchshaping.report.page import report_html
         from batchshaping.training.run import read_result
-    with _refused():
+    with _extras(), _refused():
         results = {_short_name(run, runs): read_result(run) for run in runs}
         page = report_html(results)
     _prepare(output.parent, [output.name], force)

@@ -132,7 +132,7 @@ def test_help_names_every_setting_with_its_default_within_80_columns() -> None:
         (["--penalized", "flops"], "penalized: "),
         (["--epochs", "0"], "epochs: "),
         (["--epochs", "many"], "epochs: "),
-        (["--prior", "0.6"], "prior: "),
+        (["--prior", "0.6"], "prior.1: "),
         (["--batch-size", "1348"], "batch_size must be at most the number of training images, 1347, "),
         (["--train-images", "9999"], "train_images must be at most 1347, received 9999"),
         (["--data", "folder"], "folder: data_folder must be "),

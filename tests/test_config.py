@@ -177,7 +177,7 @@ def test_the_batch_is_shared_out_without_a_rest(settings: dict[str, Any]) -> Non
         *[("penalized", value) for value in ("flops", "")],
         *[("shaping_end", value) for value in (0, 1.5)],
         *[("noise_end", value) for value in (0, 1.5, "never")],
-        *[("prior", value) for value in ((0.6,), (0.6, 0.4, 0.1), "0.6")],
+        *[("prior", value) for value in ((0.6,), (0.6, 0.4, 0.1), 0.6)],
         *[("epochs", value) for value in (0, -1, "many", None)],
         *[("train_images", value) for value in (0, -1, "some")],
         *[("accumulate", value) for value in (0, "2.5")],
@@ -201,6 +201,7 @@ def test_a_value_out_of_range_is_refused_with_its_name(name: str, value: object)
     [
         ("prior", (0.6, 0), "prior.1: "),
         ("prior", "a,0.4", "prior.0: "),
+        ("prior", "0.6", "prior.1: "),
         ("milestones", (0.5, 1.5), "milestones.1: "),
     ],
 )

@@ -38,7 +38,7 @@ def data() -> Data:
 def made(data: Data, gated: bool) -> nn.Module:
     """A network whose gates differ from image to image."""
     torch.manual_seed(1)
-    network = make_network(RunConfig(width=4, hidden=4, gated=gated), len(CLASSES), 3)
+    network = make_network(RunConfig(width=4, hidden=4, gate_bias=0.0, gated=gated), len(CLASSES), 3)
     with torch.no_grad():
         network(data.normalize(data.test.__getitems__(range(IMAGES))[0]))
         for module in network.modules():

@@ -421,6 +421,7 @@ def test_two_ranks_follow_the_loss_curve_of_one_process(settings: dict[str, Any]
         penalized="multiply-adds",
         budget=0.6,
         learning_rate=0.02,
+        log_every=1,
         **settings,
     )
     expected, history, weights = curve(config)
