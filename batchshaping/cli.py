@@ -462,8 +462,9 @@ def report(
 
 def _short_name(run: Path, runs: list[Path]) -> str:
     """The last part of a path, if no other run has the same."""
-    last = run.resolve().name
-    return last if [other.resolve().name for other in runs].count(last) == 1 else str(run)
+    names = [other.resolve().stem if other.is_file() else other.resolve().name for other in runs]
+    name = names[runs.index(run)]
+    return name if names.count(name) == 1 else str(run)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,15 @@ def test_measured_tables_are_filled() -> None:
     for name, body in tables:
         assert body.count("\n|") > 5, name
         assert "nan" not in body, name
+
+
+def test_the_guide_to_gated_networks_runs() -> None:
+    guide = (ROOT / "docs" / "channel_gating.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    gates = [p for n, p in names["resnet"].named_parameters() if "gate" in n]
+    assert gates and all(gate.grad is not None for gate in gates)
 
 
 def test_the_examples_of_the_guide_run() -> None:

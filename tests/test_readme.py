@@ -1,5 +1,6 @@
 """What the README shows works: its code runs, its commands run, its links lead somewhere."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -37,6 +38,7 @@ def run_code() -> dict[str, Any]:
         "task_loss": logits.square().mean(),
         "features": torch.randn(64, 64, 8, 8),
         "channels": torch.randn(64, 128, 8, 8),
+        "images": torch.randn(2, 3, 64, 64),
     }
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
@@ -48,6 +50,7 @@ def test_the_python_code_runs_and_means_what_it_says() -> None:
     assert names["losses"].shape == (32,)
     assert names["means"].shape == (32,)
     assert names["switched"].shape == names["channels"].shape
+    assert names["spent"].shape == (2,)
     torch.testing.assert_close(names["old"], names["new"])
     total: Tensor = names["loss"] + names["old"] + names["shaping"](names["gates"])
     total.backward()
@@ -83,23 +86,30 @@ def test_the_figures_in_its_table_of_statistics_are_those_of_the_notebook() -> N
         assert re.search(rf"^{re.escape(prior)} +±4 +{figures}$", printed, flags=re.MULTILINE), prior
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("batchshaping")])
-def test_a_command_runs(command: str, tmp_path: Path) -> None:
+def test_its_commands_run_one_after_the_other(tmp_path: Path) -> None:
     pytest.importorskip("typer")
     code = "from batchshaping.cli import main; main()"
-    arguments = shlex.split(command)[1:]
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    for command in commands():
+        if command.startswith("batchshaping"):
+            arguments = shlex.split(command)[1:]
+            run = subprocess.run(
+                [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert run.returncode == 0, run.stderr
     assert (tmp_path / "outputs" / "fit" / "fit.gif").is_file()
+    assert (tmp_path / "report.html").is_file()
+    result = json.loads((tmp_path / "outputs" / "train" / "result.json").read_text(encoding="utf-8"))
+    assert result["accuracy"] >= 0.97
+    assert result["multiply_adds"] < 0.5 * result["cost"]["dense"]
 
 
 def test_every_make_target_exists() -> None:
     targets = set(
-        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     )
-    named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join([*commands(), *re.findall(r"`[^`\n]+`", README)])))
+    named = set(
+        re.findall(r"\bmake ([a-z-]+)\b", "\n".join([*commands(), *re.findall(r"`[^`\n]+`", README)]))
+    )
     assert {"demo", "test", "figures"} <= named <= targets
 
 

@@ -168,7 +168,10 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = ROOT / "outputs" / "ablation-quick" if arguments.quick else HERE / "results"
     folder = arguments.output or kept
-    folder.mkdir(parents=True, exist_ok=True)
+    # The pictures of all runs go to where they are shown, those of a trial beside its results.
+    pages = ROOT / "outputs" / "ablation" if folder == HERE / "results" else folder
+    for made in (folder, pages):
+        made.mkdir(parents=True, exist_ok=True)
     wanted = dict(runs(arguments.quick))
     if not arguments.summary:
         train_missing(wanted, folder)
@@ -181,12 +184,12 @@ def main() -> None:
     arms = by_arm(results)
     print(summarize(arms))
     figure = draw(arms)
-    if arguments.quick or arguments.output:
+    if pages == folder:
         figure.savefig(folder / "ablation.svg")
     else:
         figure.savefig(ROOT / "docs" / "figures" / "ablation.svg")
         write_table(ROOT / "docs" / "channel_gating.md", "ablation", summarize(arms))
-    page = folder / "ablation.html"
+    page = pages / "ablation.html"
     page.write_text(report_html(results), encoding="utf-8")
     print(f"wrote {page}")
 
