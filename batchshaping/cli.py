@@ -316,7 +316,6 @@ def demo(
     table.add_row("gates always on", *(f"{o.gates.always_on:.1%}" for o in outcomes))
     table.add_row("gates always off", *(f"{o.gates.always_off:.1%}" for o in outcomes))
     table.add_row("conditional gates", *(f"{o.gates.conditional:.1%}" for o in outcomes))
-    table.add_row("distance to the prior", *(f"{o.distance:.4f}" for o in outcomes))
     Console().print(table)
     figure = draw(*outcomes)
     _write(output / "gates.png", lambda path: figure.savefig(path, format="png"))

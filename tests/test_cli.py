@@ -333,7 +333,6 @@ def test_the_demo_prints_its_table_and_draws_its_gates_the_same_each_time() -> N
         "gates always on",
         "gates always off",
         "conditional gates",
-        "distance to the prior",
     ):
         assert row in first.stdout
     assert max(map(len, first.stdout.splitlines())) <= 80

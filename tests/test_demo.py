@@ -6,8 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import batchshaping as bs
-from batchshaping.training.demo import PRIOR, Outcome, draw, train
+from batchshaping.training.demo import Outcome, draw, train
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +23,12 @@ def test_both_runs_start_alike_and_the_network_learns(outcomes: tuple[Outcome, O
 def test_the_measures_are_those_of_the_gates_after_training(outcomes: tuple[Outcome, Outcome]) -> None:
     for outcome in outcomes:
         assert outcome.gates.mean_open == pytest.approx((outcome.after > 0.5).double().mean().item())
-        each = [bs.batch_shaping(p, PRIOR).item() for p in outcome.after.T]
-        assert outcome.distance == pytest.approx(sum(each) / len(each), rel=1e-4)
+        assert 0 < outcome.multiply_adds < 1.1
 
 
-def test_the_loss_brings_the_gates_nearer_to_the_prior(outcomes: tuple[Outcome, Outcome]) -> None:
+def test_the_loss_makes_more_gates_conditional(outcomes: tuple[Outcome, Outcome]) -> None:
     without, shaped = outcomes
-    assert shaped.distance < without.distance
+    assert shaped.gates.conditional > without.gates.conditional
 
 
 def test_the_seed_decides_everything_and_the_callers_random_numbers_go_on() -> None:

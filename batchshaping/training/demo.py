@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from batchshaping.batch_shaping_loss import batch_shaping
 from batchshaping.gates import GateStatistics, gate_probabilities, gate_statistics
 from batchshaping.priors import Beta
 from batchshaping.training import run
@@ -32,7 +31,7 @@ from batchshaping.viz_utils import COLORS, house_style, plot_density
 __all__ = ["PRIOR", "Outcome", "draw", "train"]
 
 PRIOR = Beta(*RunConfig().prior)
-"""What the loss shapes every gate to: open or closed, and open for most examples."""
+"""What the loss shapes every gate to at first: open or closed, and open for most examples."""
 
 
 class Outcome(NamedTuple):
@@ -42,7 +41,6 @@ class Outcome(NamedTuple):
         accuracy: share of digits that are recognized.
         multiply_adds: mean over the digits, as a share of those of the ungated network.
         gates: what the gates do.
-        distance: the mean of the gates' batch-shaping losses to the prior.
         before: probabilities of being open before training, of shape (N, gates).
         after: those after training.
     """
@@ -50,7 +48,6 @@ class Outcome(NamedTuple):
     accuracy: float
     multiply_adds: float
     gates: GateStatistics
-    distance: float
     before: Tensor
     after: Tensor
 
@@ -92,7 +89,6 @@ def train(*, shaped: bool, epochs: int = 40, seed: int = 0, progress: bool = Fal
         accuracy=result["accuracy"],
         multiply_adds=result["multiply_adds"] / result["cost"]["dense"],
         gates=gate_statistics(after > 0.5),
-        distance=batch_shaping(after, PRIOR, dim=0).item(),
         before=before,
         after=after,
     )

@@ -1,0 +1,67 @@
+"""The ablation: what is wanted, what counts as finished, and that the guide shows what the kept results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "ablation" / "ablation.py"
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ablation", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ablation"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_arm_has_every_seed_on_all_images(ablation: ModuleType) -> None:
+    runs = list(ablation.runs(quick=False))
+    assert len(dict(runs)) == len(runs) == len(ablation.ARMS) * 3
+    assert {config.seed for _, config in runs} == {0, 1, 2}
+    assert all(config.train_images is None and config.data == "fashion-mnist" for _, config in runs)
+
+
+def test_the_two_kinds_of_gates_differ_by_the_loss_alone(ablation: ModuleType) -> None:
+    wanted = dict(ablation.runs(quick=False))
+    for budget in ablation.BUDGETS:
+        shaped, l0 = (wanted[f"{kind}-{budget}-seed0"].model_dump() for kind in ("bas", "l0"))
+        assert shaped.pop("shaping") > 0 and l0.pop("shaping") == 0
+        assert shaped == l0
+
+
+def test_a_result_counts_for_its_own_configuration_only(ablation: ModuleType, tmp_path: Path) -> None:
+    (_, config), (_, other), *_ = ablation.runs(quick=True)
+    path = tmp_path / "result.json"
+    assert not ablation.finished(path, config)
+    path.write_text(json.dumps({"config": config.model_dump(mode="json")}))
+    assert ablation.finished(path, config)
+    assert not ablation.finished(path, other)
+
+
+def test_the_mean_and_the_deviation_of_a_point_are_those_over_the_seeds(ablation: ModuleType) -> None:
+    results = [{"accuracy": a, "multiply_adds": m} for a, m in ((0.8, 1e6), (0.9, 3e6))]
+    assert ablation.point(results) == pytest.approx((2.0, 85.0, 10 / math.sqrt(2)))
+    assert ablation.spread([1.0, 2.0], 1) == "1.5 ± 0.7"
+
+
+def test_the_guide_shows_what_the_kept_results_say(ablation: ModuleType) -> None:
+    wanted = dict(ablation.runs(quick=False))
+    kept = {path.stem: json.loads(path.read_text()) for path in (SCRIPT.parent / "results").glob("*.json")}
+    assert kept.keys() == wanted.keys()
+    assert all(ablation.finished(SCRIPT.parent / "results" / f"{name}.json", wanted[name]) for name in kept)
+    guide = (ROOT / "docs" / "channel_gating.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- ablation: begin -->(.*?)<!-- ablation: end -->", guide, re.DOTALL)
+    assert table is not None
+    assert table[1].strip() == ablation.summarize(ablation.by_arm({n: kept[n] for n in wanted}))
