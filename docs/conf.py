@@ -35,7 +35,11 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "*.ipynb", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = [
+    "docs/**",
+    "*.ipynb",
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "configs/README.md"),
+]
 exclude_patterns = [".*", "**/.*", "docs/_build", "docs/_templates", "batchshaping", "tests", "benchmarks"]
 templates_path = [str(ROOT / "docs" / "_templates")]  # for autosummary, which would look below the root
 
@@ -79,6 +83,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(abc|builtins|collections|contextlib|enum|os|pathlib|typing)\..*"),
     (r"py:.*", r"(matplotlib|np|numpy|torch|dist|nn|td|typer)\..*"),
+    (r"py:.*", r"(annotated_types|lightning|pl|pydantic)\..*"),
+    (r"py:.*", r"(AllowInfNan|Annotated\[.*|CheckpointIO|Field|FieldInfo|G[et]|L[et]|NoneType|Path|_\w+)"),
     (r"py:.*", r"(ABC|Any|Axes|Distribution|Enum|Figure|Line2D|PathLike|Tensor|load_state_dict)"),
     (r"py:.*", r"batchshaping\.(\w+\.)*_\w+"),
 ]

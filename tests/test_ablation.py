@@ -1,4 +1,4 @@
-"""The ablation: what is wanted, what counts as finished, and that the guide shows what the kept results say."""
+"""The ablation: what is wanted, what is finished, and that the guide shows what the kept results say."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from batchshaping.gates import ChannelGate
 
 __all__ = ["GatedBasicBlock", "GatedBlock", "GatedBottleneck", "gate_resnet"]
 
-Network = TypeVar("Network", bound=nn.Module)
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 class GatedBlock(nn.Module):
@@ -118,7 +118,7 @@ class GatedBottleneck(GatedBlock):
         return self.relu(outer + self.shortcut(x))  # type: ignore[no-any-return]
 
 
-def gate_resnet(resnet: Network, hidden: int = 16, bias: float = 0.0) -> Network:
+def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Network:
     """Gate the inner channels of every residual block of a ResNet, in place.
 
     All weights stay, under their names; the gates' are new. As long as all gates are open the outputs are the

@@ -124,7 +124,7 @@ def evaluate(
     """Evaluate a network on the test images.
 
     Args:
-        network: takes images as :meth:`Data.normalize` gives them, and gives logits.
+        network: gives logits of images as :meth:`~batchshaping.training.data.Data.normalize` makes them.
         data: the data set.
         batch: images in a forward pass.
         extremes: how many of the images with the least and with the most multiply-adds to show.
