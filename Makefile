@@ -41,6 +41,7 @@ notebooks: $(env) ## Execute the notebooks (pytest)
 docs: $(env) ## Build the site into docs/_build/html, strictly (sphinx)
 	rm -rf docs/api docs/_build
 	$(run) sphinx -c docs -b html -n -W --keep-going -q . docs/_build/html
+	$(VENV)/bin/batchshaping report benchmarks/ablation/results/*.json --output docs/_build/html/docs/ablation.html
 	$(VENV)/bin/python docs/check_links.py docs/_build/html
 
 guide: $(env) ## Measure all statistics anew and write the tables and figures of the guide
