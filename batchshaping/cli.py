@@ -324,7 +324,7 @@ def demo(
 def _train(config: Path | None, resume: Path | None, output: Path | None, **given: str | bool | None) -> None:
     """Train a network with gates, measure it, and keep all that a report needs.
 
-    Without options: a gated ResNet-8 on scikit-learn's digits, in about two minutes. The folder of the run
+    Without options: a gated ResNet-8 on scikit-learn's digits, in about a minute. The folder of the run
     holds its complete configuration (**config.yaml**), from which it can be repeated; its result
     (**result.json**); the trained weights; and a checkpoint, from which an interrupted run goes on to the
     result it would have had.
@@ -345,6 +345,7 @@ def _train(config: Path | None, resume: Path | None, output: Path | None, **give
         from batchshaping.training.run import resume as resume_run
         from batchshaping.training.run import train
     folder = resume or output or Path("outputs/train")
+    finished = resume is not None and (resume / "result.json").exists()
     with _extras(), _refused():
         try:
             progress = sys.stderr.isatty()
@@ -354,7 +355,7 @@ def _train(config: Path | None, resume: Path | None, output: Path | None, **give
             sys.exit(130)
     if result:  # that of the first process, of several
         _show(result)
-        print(f"wrote {folder}")
+        print(f"{folder} was finished before" if finished else f"wrote {folder}")
 
 
 def _option(name: str, section: str) -> inspect.Parameter:

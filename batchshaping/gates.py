@@ -225,7 +225,7 @@ class ChannelGate(Gate):
         (N, out_channels, 1, ...) with as many, so that they multiply the channels as they are.
 
     Raises:
-        ValueError: if x has another number of channels.
+        ValueError: if x has another number of channels, or is a single example in training.
 
     References:
         Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
@@ -252,6 +252,11 @@ class ChannelGate(Gate):
         """Zeros and ones of shape (N, out_channels, 1, ...), of x's number of dimensions."""
         if x.ndim < 2 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must have shape (N, {self.in_channels}, ...), received {tuple(x.shape)}")
+        if self.training and len(x) == 1:
+            raise ValueError(
+                "a gate in training normalizes over the batch and needs at least 2 examples, received 1 "
+                "(drop_last=True leaves out a last batch of one)"
+            )
         pooled = x.flatten(2).mean(dim=2) if x.ndim > 2 else x
         gates = self.decide(self.to_logits(pooled))
         return gates.reshape(*gates.shape, *[1] * (x.ndim - 2))

@@ -56,6 +56,13 @@ def test_the_mean_and_the_deviation_of_a_point_are_those_over_the_seeds(ablation
     assert ablation.spread([1.0, 2.0], 1) == "1.5 ± 0.7"
 
 
+def test_hard_classes_are_those_with_the_lowest_accuracy(ablation: ModuleType) -> None:
+    classes = [
+        {"accuracy": 0.1 * c, "multiply_adds": 30.0 if c in (1, 2, 3, 4, 5) else 20.0} for c in range(10)
+    ]
+    assert ablation.hard_over_easy({"by_class": classes}) == pytest.approx((20 + 4 * 30) / (30 + 4 * 20))
+
+
 def test_the_guide_shows_what_the_kept_results_say(ablation: ModuleType) -> None:
     wanted = dict(ablation.runs(quick=False))
     kept = {path.stem: json.loads(path.read_text()) for path in (SCRIPT.parent / "results").glob("*.json")}

@@ -352,3 +352,8 @@ def two_ranks_get_the_gradients_of_one_process(rank: int, world: int) -> None:
 def test_two_ranks_get_the_gradients_of_one_process() -> None:
     with Ranks(2) as processes:
         processes.run(two_ranks_get_the_gradients_of_one_process)
+
+
+def test_a_block_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="received a block; GatedBasicBlock"):
+        gate_resnet(BasicBlock(4, 4))

@@ -641,3 +641,10 @@ def test_a_batch_with_a_probability_is_refused_and_not_counted(wrong: float) -> 
 def test_there_are_no_statistics_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least one example and one gate"):
         GateCounts(classes=2).statistics()
+
+
+def test_a_gate_in_training_says_that_it_needs_two_examples() -> None:
+    gate = ChannelGate(3, 4)
+    with pytest.raises(ValueError, match="needs at least 2 examples, received 1"):
+        gate(torch.randn(1, 3))
+    assert gate.eval()(torch.randn(1, 3)).shape == (1, 4)

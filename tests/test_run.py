@@ -34,6 +34,7 @@ CONFIG = RunConfig(
     log_every=1,
 )
 SHORT = CONFIG.model_copy(update={"epochs": 2})
+ONCE = CONFIG.model_copy(update={"epochs": 1})
 FILES = {"config.yaml", "history.json", "checkpoint.safetensors", "model.safetensors", "result.json", "logs"}
 COMMAND = shutil.which("batchshaping", path=sysconfig.get_path("scripts")) or "batchshaping"
 
@@ -297,3 +298,35 @@ def test_every_kind_of_run_repeats_and_can_be_evaluated(settings: dict[str, Any]
     figures = evaluate_run(tmp_path / "run")
     assert figures["accuracy"] == result["accuracy"] and figures["gates"] == result["gates"]
     assert figures["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(ONCE, run)
+    path = run / "config.yaml"
+    kept = path.read_text()
+    path.write_text(kept.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(RunError, match=r"config\.yaml: epochs must be what the run began with"):
+        resume(run)
+    (run / "result.json").unlink()
+    with pytest.raises(RunError, match=r"config\.yaml: epochs must be what the run began with"):
+        resume(run)
+    path.write_text(kept.replace("logger: csv", "logger: none"))
+    assert resume(run)["config"]["logger"] == "none"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_line(tmp_path: Path) -> None:
+    for gated in (True, False):
+        with pytest.raises(ValueError, match=r"learning_rate: the loss became .* in epoch 1"):
+            train(ONCE.model_copy(update={"learning_rate": 1e30, "gated": gated}), tmp_path / f"{gated}")
+
+
+def test_a_disk_that_is_full_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="run: No space left on device; the run can be resumed"):
+        train(ONCE, tmp_path / "run")
+    monkeypatch.undo()
+    assert resume(tmp_path / "run")["accuracy"] > 0

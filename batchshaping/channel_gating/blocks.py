@@ -169,6 +169,10 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
             "resnet must hold residual blocks of torchvision (BasicBlock or Bottleneck), "
             f"received a {type(resnet).__name__} without any"
         )
+    if resnet in gated:
+        raise ValueError(
+            "resnet must hold residual blocks, received a block; GatedBasicBlock(block) gates one"
+        )
     for parent in [*resnet.modules()]:
         # Not named_children, which leaves out a block that is used a second time.
         for name, child in [*parent._modules.items()]:

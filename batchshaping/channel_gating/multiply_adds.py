@@ -73,6 +73,8 @@ class MultiplyAdds:
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
+        if len(x) == 0:
+            raise ValueError(f"x must hold at least one example, received shape {tuple(x.shape)}")
         by_layer: dict[str, _Layer] = {}
         # A compiled model would not see that it is being counted.
         with _counted(model, len(x), by_layer), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -133,16 +135,21 @@ class MultiplyAdds:
 
 
 def count_macs(model: nn.Module, x: Tensor) -> Tensor:
-    """Multiply-adds that each example costs with the gates it gets.
+    """Multiply-adds that each example costs with the gates it gets, in convolutions and linear layers.
 
-    The model runs once, in evaluation and without a gradient; its mode and its weights stay as they are.
+    What a model computes without calling such a layer is not counted: recurrent layers, for example, and
+    torch's own multi-head attention. The model runs once, in evaluation and without a gradient; its mode and
+    its weights stay as they are.
 
     Args:
         model: a module with or without gates.
         x: its input, of shape (N, ...).
 
     Returns:
-        A tensor of shape (N,): multiply-adds of convolutions and linear layers, the gates' own included.
+        A tensor of shape (N,): multiply-adds, the gates' own included.
+
+    Raises:
+        ValueError: if there is no example.
 
     Example:
         >>> import batchshaping as bs

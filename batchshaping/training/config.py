@@ -85,7 +85,7 @@ class RunConfig(BaseModel):
     """Whether the network has gates."""
     hidden: _Count = 16
     """Width of the MLP in each gate."""
-    gate_bias: float = 3.0
+    gate_bias: Annotated[float, Field(allow_inf_nan=False)] = 3.0
     """Added to the gates' initial logits: 0 starts with half of the channels open, 3 with nearly all."""
 
     data: str = "digits"
@@ -120,7 +120,7 @@ class RunConfig(BaseModel):
     prior: tuple[_Positive, _Positive] = (0.6, 0.4)
     """The two concentrations of the Beta prior of each gate."""
     noise_end: Annotated[float, Field(gt=0, le=1)] | None = 0.7
-    """Share of training after which the gates' noise has faded out; null keeps it."""
+    """Share of training after which the gates' noise has faded out; none keeps it."""
 
     epochs: _Count = 40
     """How often every training image is seen."""
@@ -176,7 +176,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _or_none(cls, value: object) -> object:
         """From a command line: none for what a file has and should not be."""
-        return None if value == "none" else value
+        return None if value in ("none", "null") else value
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -337,10 +337,8 @@ class _FolderImages:
         try:
             self._images = ImageFolder(str(folder), transform=transform, loader=_decode)
         except FileNotFoundError as error:
-            empty = str(error).partition(".")[0]
-            raise DataError(
-                f"{folder}: expected one folder of images for each class, received none ({empty})"
-            ) from None
+            found = str(error).partition(". ")[0].removesuffix(".")
+            raise DataError(f"{folder}: expected a folder of images for each class; {found}") from None
         self.classes = tuple(self._images.classes)
 
     def __len__(self) -> int:
@@ -357,6 +355,8 @@ def _decode(path: str) -> Any:
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
     except Exception:  # what is no image can fail to decode in any way
         raise DataError(f"{path}: expected an image, received something else") from None
 

@@ -92,6 +92,7 @@ class GatedClassifier(pl.LightningModule):
         self.noise = Ramp(1.0, 1.0 if config.noise_end is None else 0.0, 0.0, config.noise_end or 1.0)
         self.history: list[dict[str, Any]] = []
         self._evaluation: Evaluation | None = None
+        self._loss = torch.zeros(())
 
     @property
     def progress(self) -> float:
@@ -117,6 +118,7 @@ class GatedClassifier(pl.LightningModule):
         if self.config.gated:
             parts |= self._gate_terms()
         loss = torch.stack([*parts.values()]).sum()
+        self._loss = loss.detach()
         # Not at every step: for a small network, telling costs as much as computing.
         if (self.global_step + 1) % self.config.log_every == 0:
             self.log_dict(
@@ -159,7 +161,19 @@ class GatedClassifier(pl.LightningModule):
     def _open(self) -> Tensor:
         return l0_penalty(gate_decisions(self.network)) if self.config.gated else torch.ones(())
 
+    def on_train_epoch_end(self) -> None:
+        self._refuse_divergence()
+
+    def _refuse_divergence(self) -> None:
+        # Once an epoch, since reading a number makes a device wait.
+        if not self._loss.isfinite():
+            raise ValueError(
+                f"learning_rate: the loss became {self._loss.item()} in epoch {self.current_epoch + 1}; "
+                f"a lower one than {self.config.learning_rate} may keep it finite"
+            )
+
     def on_validation_epoch_start(self) -> None:
+        self._refuse_divergence()
         self._evaluation = Evaluation(self.network, self.cost, self.data.classes)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -189,6 +203,7 @@ class GatedClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = self.history
+        checkpoint["config"] = self.config.model_dump(mode="json")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = checkpoint["history"]

@@ -71,6 +71,9 @@ def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[st
         DataError: if the data is not what it should be.
         ValueError: if the budget cannot be reached, or the machine has no such devices.
     """
+    if config.data_folder is not None:
+        # So that the run can go on from any folder.
+        config = config.model_copy(update={"data_folder": config.data_folder.resolve()})
     module, trainer = _module(config), _trainer(config, output, progress)
     if _is_first_rank():
         if (output / CONFIG).exists():
@@ -94,15 +97,18 @@ def resume(output: Path, *, progress: bool = False) -> dict[str, Any]:
         The result, as ``result.json`` holds it; at once if the run is finished.
 
     Raises:
-        RunError: if the folder holds no run, or a checkpoint that cannot be read.
+        RunError: if the folder holds no run, or a checkpoint that cannot be read, or settings that are not
+            those that the run began with. Those of the machine and the log may change.
     """
     config = _config(output)
     if (output / RESULT).exists():
-        return read_result(output)
+        result = read_result(output)
+        _refuse_changes(config, result["config"], output)
+        return result
     checkpoint = output / CHECKPOINT
     if checkpoint.exists():
         try:
-            read_checkpoint(checkpoint)
+            _refuse_changes(config, read_checkpoint(checkpoint).get("config", {}), output)
         except ValueError as error:
             raise RunError(error) from None
     last = checkpoint if checkpoint.exists() else None
@@ -171,6 +177,18 @@ def read_result(output: Path) -> dict[str, Any]:
     return result
 
 
+_MAY_CHANGE = {"accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "workers"}
+
+
+def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path) -> None:
+    settings = config.model_dump(mode="json")
+    changed = [n for n, v in settings.items() if n not in _MAY_CHANGE and began_with.get(n) != v]
+    if changed:
+        raise RunError(
+            f"{output / CONFIG}: {', '.join(changed)} must be what the run began with, received others"
+        )
+
+
 def _is_first_rank() -> bool:
     """Whether this process is the first of all, which is told by Lightning before it has a trainer."""
     return getattr(rank_zero_only, "rank", 0) == 0
@@ -224,7 +242,7 @@ def _fit(
 ) -> dict[str, Any]:
     started = time.monotonic()
     config = module.config
-    with _quiet():
+    with _quiet(), _written_to(output):
         try:
             trainer.fit(module, DataModule(config, module.data), ckpt_path=checkpoint)
         except SystemExit:  # how Lightning ends a training that was interrupted
@@ -235,7 +253,6 @@ def _fit(
     if trainer.global_rank > 0:
         return {}
     network = module.network.to("cpu", torch.float64 if config.precision == "64" else torch.float32)
-    _write_weights(network, output / MODEL)
     result = {
         "config": config.model_dump(mode="json"),
         "versions": {
@@ -248,7 +265,9 @@ def _fit(
         **evaluate(network, module.data),
         "history": module.history,
     }
-    _write_json(result, output / RESULT)
+    with _written_to(output):
+        _write_weights(network, output / MODEL)
+        _write_json(result, output / RESULT)
     return result
 
 
@@ -305,6 +324,15 @@ def _write_weights(network: nn.Module, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
     partial.replace(path)
+
+
+@contextmanager
+def _written_to(output: Path) -> Iterator[None]:
+    """Say in one line what keeps the folder from being written to."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{output}: {error.strerror or error}; the run can be resumed") from None
 
 
 @contextmanager

@@ -126,10 +126,18 @@ def summarize(arms: dict[str, list[dict[str, Any]]]) -> str:
                     spread([100 * gate[share] for gate in gates], 0) if gates else ""
                     for share in ("conditional", "always_on", "always_off")
                 ),
+                spread([hard_over_easy(result) for result in results], 2) if gates else "",
             ]
         )
     header = ["network", "width or budget", "million multiply-adds", "test accuracy, %"]
-    return table([*header, "conditional, %", "always on, %", "always off, %"], rows)
+    shares = ["conditional, %", "always on, %", "always off, %"]
+    return table([*header, *shares, "hard over easy classes"], rows)
+
+
+def hard_over_easy(result: dict[str, Any]) -> float:
+    """Mean multiply-adds of the five classes with the lowest accuracy over those of the other five."""
+    spent = [figures["multiply_adds"] for figures in sorted(result["by_class"], key=lambda f: f["accuracy"])]
+    return statistics.fmean(spent[:5]) / statistics.fmean(spent[5:])
 
 
 def point(results: list[dict[str, Any]]) -> tuple[float, float, float]:
