@@ -56,6 +56,15 @@ def test_the_mean_and_the_deviation_of_a_point_are_those_over_the_seeds(ablation
     assert ablation.spread([1.0, 2.0], 1) == "1.5 ± 0.7"
 
 
+def test_a_point_on_the_line_between_two_ungated_networks_is_not_above_it(ablation: ModuleType) -> None:
+    arms = {
+        f"ungated-{width}": [{"accuracy": accuracy, "multiply_adds": macs}]
+        for width, accuracy, macs in ((4, 0.8, 1e6), (8, 0.9, 4e6))
+    }
+    assert ablation.above_ungated([{"accuracy": 0.85, "multiply_adds": 2e6}], arms) == pytest.approx(0.0)
+    assert ablation.above_ungated([{"accuracy": 0.86, "multiply_adds": 2e6}], arms) == pytest.approx(1.0)
+
+
 def test_hard_classes_are_those_with_the_lowest_accuracy(ablation: ModuleType) -> None:
     classes = [
         {"accuracy": 0.1 * c, "multiply_adds": 30.0 if c in (1, 2, 3, 4, 5) else 20.0} for c in range(10)

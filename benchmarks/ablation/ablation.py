@@ -21,8 +21,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter
 
 from batchshaping.report.page import report_html
 from batchshaping.training.config import RunConfig
@@ -122,6 +124,7 @@ def summarize(arms: dict[str, list[dict[str, Any]]]) -> str:
                 f"width {setting}" if kind == "ungated" else f"{float(setting):.0%}",
                 spread([result["multiply_adds"] / 1e6 for result in results], 3),
                 spread([100 * result["accuracy"] for result in results], 2),
+                f"{above_ungated(results, arms):+.1f}" if gates else "",
                 *(
                     spread([100 * gate[share] for gate in gates], 0) if gates else ""
                     for share in ("conditional", "always_on", "always_off")
@@ -131,7 +134,15 @@ def summarize(arms: dict[str, list[dict[str, Any]]]) -> str:
         )
     header = ["network", "width or budget", "million multiply-adds", "test accuracy, %"]
     shares = ["conditional, %", "always on, %", "always off, %"]
-    return table([*header, *shares, "hard over easy classes"], rows)
+    return table([*header, "above ungated", *shares, "hard over easy classes"], rows)
+
+
+def above_ungated(results: list[dict[str, Any]], arms: dict[str, list[dict[str, Any]]]) -> float:
+    """Points of accuracy above the ungated curve, which is linear in the logarithm of multiply-adds."""
+    curve = sorted(point(ungated) for arm, ungated in arms.items() if arm.startswith("ungated-"))
+    macs, accuracies, _ = zip(*curve, strict=True)
+    spent, accuracy, _ = point(results)
+    return float(accuracy - np.interp(np.log(spent), np.log(macs), accuracies))
 
 
 def hard_over_easy(result: dict[str, Any]) -> float:
@@ -163,6 +174,9 @@ def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
             xlabel="million multiply-adds an image, mean over the test set",
             ylabel="test accuracy, %",
         )
+        axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.3, 0.4, 0.6]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(loc="lower right")
     return figure
 
