@@ -105,7 +105,7 @@ def test_a_run_goes_to_its_usual_place_and_can_be_evaluated_and_resumed() -> Non
     figures = json.loads(run("evaluate", "outputs/train", "--json").stdout)
     assert figures == {name: result_of("outputs/train")[name] for name in figures}
     assert f"{figures['accuracy']:.2%} of 450" in run("evaluate", "outputs/train").stdout
-    assert "wrote outputs/train" in run("train", "--resume", "outputs/train").stdout
+    assert "outputs/train was finished before" in run("train", "--resume", "outputs/train").stdout
     assert files() == before
 
 

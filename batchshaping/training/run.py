@@ -71,16 +71,13 @@ def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[st
         DataError: if the data is not what it should be.
         ValueError: if the budget cannot be reached, or the machine has no such devices.
     """
-    if config.data_folder is not None:
-        # So that the run can go on from any folder.
-        config = config.model_copy(update={"data_folder": config.data_folder.resolve()})
     module, trainer = _module(config), _trainer(config, output, progress)
     if _is_first_rank():
         if (output / CONFIG).exists():
             raise RunError(f"{output} already holds a run; resume it, or choose another folder")
         try:
             output.mkdir(parents=True, exist_ok=True)
-            write_config(config, output / CONFIG)
+            write_config(_from_anywhere(config), output / CONFIG)
         except OSError as error:
             raise RunError(f"{output}: {error.strerror or error}, expected a folder to write to") from None
     return _fit(trainer, module, output, None)
@@ -175,6 +172,12 @@ def read_result(output: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not {"accuracy", "config", "cost", "history"} <= result.keys():
         raise RunError(f"{path}: expected the result of a run, received something else")
     return result
+
+
+def _from_anywhere(config: RunConfig) -> RunConfig:
+    """With a data folder that is the same whatever the current folder is."""
+    folder = config.data_folder
+    return config if folder is None else config.model_copy(update={"data_folder": folder.resolve()})
 
 
 _MAY_CHANGE = {"accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "workers"}
