@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import batchshaping as bs
+from batchshaping.files import replaced
 from batchshaping.priors import ClosedFormPrior
 from batchshaping.statistics import STATISTICS
 from batchshaping.values import read_values, write_values
@@ -291,7 +292,7 @@ def demo(
     For each of scikit-learn's 8 x 8 pixel digits, gates switch channels of the network on or off. Both runs
     press gates to be closed. Only one has the batch-shaping loss, which makes them conditional: open for some
     images, closed for others. Prints what came of it, and draws the gates before and after (**gates.png**).
-    Takes about half a minute, and no connection to a network.
+    Takes about a minute, and no connection to a network.
     """
     with _extras():
         from batchshaping.training.demo import draw, train
@@ -569,14 +570,11 @@ def _prepare(folder: Path, names: list[str], force: bool) -> None:
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
-        partial.replace(path)
+        with replaced(path) as partial:
+            write(partial)
     except OSError as error:
         _fail(f"{path}: {error.strerror or error}")
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"wrote {path}")
 
 

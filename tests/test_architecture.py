@@ -31,7 +31,17 @@ FLOORS = {
     "loss": {"priors", "statistics", "batch_shaping_loss", "sliced"},
     "networks": {"gates", "channel_gating", "mixed_scale"},
     "public names": {"batchshaping"},
-    "what people run": {"cli", "fit", "published", "report", "training", "utils", "values", "viz_utils"},
+    "what people run": {
+        "cli",
+        "files",
+        "fit",
+        "published",
+        "report",
+        "training",
+        "utils",
+        "values",
+        "viz_utils",
+    },
 }
 LEVEL = {name: level for level, names in enumerate(FLOORS.values()) for name in names}
 

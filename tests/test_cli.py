@@ -6,11 +6,11 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import refused, run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -27,23 +27,6 @@ QUICK = ("--steps", "3", "--no-animation")
 def _folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def run(*arguments: object) -> Any:
-    """The result of a command that works."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """The one line on stderr of a command that is refused."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("batchshaping: "), result.stderr
-    return lines[0].removeprefix("batchshaping: ")
 
 
 def shaped(

@@ -15,6 +15,7 @@ from urllib.error import URLError
 import pytest
 import torch.distributed as dist
 import yaml
+from commands import refused, run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -42,23 +43,6 @@ def options(**settings: object) -> list[str]:
             else [f"--{flag}", str(value)]
         )
     return given
-
-
-def run(*arguments: object) -> Any:
-    """The result of a command that works."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """The one line on stderr of a command that is refused."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("batchshaping: "), result.stderr
-    return lines[0].removeprefix("batchshaping: ")
 
 
 def files() -> dict[str, bytes]:

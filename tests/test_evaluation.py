@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from batchshaping.channel_gating.multiply_adds import MultiplyAdds, count_macs
 from batchshaping.gates import ChannelGate
 from batchshaping.training.config import RunConfig
-from batchshaping.training.data import Data, ImagesInMemory
-from batchshaping.training.evaluation import BINS, Evaluation, batches, evaluate
+from batchshaping.training.data import Data, ImagesInMemory, batches
+from batchshaping.training.evaluation import BINS, Evaluation, evaluate
 from batchshaping.training.module import make_network
 
 CLASSES = ("ant", "bee", "cat", "dog")  # no image is of a dog

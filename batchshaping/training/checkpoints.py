@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from batchshaping.files import replaced
+
 __all__ = ["SafeCheckpoints", "read_checkpoint", "write_checkpoint"]
 
 _TENSOR, _PAIRS = "$tensor", "$pairs"
@@ -42,30 +44,21 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _without_tensors(checkpoint, "", tensors)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(save(tensors, metadata={"checkpoint": json.dumps(tree)}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as partial:
+        partial.write_bytes(save(tensors, metadata={"checkpoint": json.dumps(tree)}))
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read what :func:`write_checkpoint` wrote.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_checkpoint` wrote, with its tensors on the CPU.
 
     Args:
         path: the file.
-        map_location: the device of the tensors.
 
     Raises:
         ValueError: in one line that names the file, if it cannot be read or is no such checkpoint.
     """
     try:
-        device = str(map_location) if isinstance(map_location, str | torch.device) else "cpu"
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt") as file:
             tree = json.loads(file.metadata()["checkpoint"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checkpoint = _with_tensors(tree, tensors)
@@ -88,7 +81,7 @@ class SafeCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path), "cpu")
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         Path(path).unlink(missing_ok=True)

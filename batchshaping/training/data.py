@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from batchshaping.training.config import RunConfig
 
-__all__ = ["Data", "DataError", "Images", "ImagesInMemory", "load_data", "shift_and_flip"]
+__all__ = ["Data", "DataError", "Images", "ImagesInMemory", "batches", "load_data", "shift_and_flip"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -111,6 +112,28 @@ def load_data(config: RunConfig) -> Data:
             f"received {config.batch_size}"
         )
     return data
+
+
+def batches(images: Images, size: int, *, seed: int = 0, **settings: Any) -> DataLoader[Batch]:
+    """Images a batch at a time, in their order or that of a sampler.
+
+    Args:
+        images: where they come from.
+        size: images in a batch.
+        seed: of what the processes that load images draw; the state of PyTorch's own generator stays.
+        settings: those of ``torch.utils.data.DataLoader``, such as ``sampler`` and ``num_workers``.
+    """
+    return DataLoader(
+        images,  # type: ignore[arg-type]
+        batch_size=size,
+        collate_fn=_as_it_is,
+        generator=torch.Generator().manual_seed(seed),
+        **settings,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def shift_and_flip(images: Tensor, padding: int, flip: bool) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from batchshaping.channel_gating.multiply_adds import MultiplyAdds
 from batchshaping.gates import Gate, GateCounts, gate_decisions, gate_probabilities
-from batchshaping.training.data import Data, Images
+from batchshaping.training.data import Data, batches
 
-__all__ = ["BINS", "Evaluation", "batches", "evaluate"]
+__all__ = ["BINS", "Evaluation", "evaluate"]
 
 BINS = 20
 """Bins of the histograms of gate probabilities, of equal width over [0, 1]."""
@@ -106,18 +106,13 @@ class Evaluation:
         return figures
 
 
-def batches(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in their order, a batch at a time."""
-    for start in range(0, len(images), size):
-        yield images.__getitems__(range(start, min(start + size, len(images))))
-
-
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
     data: Data,
     *,
     batch: int = 256,
+    workers: int = 0,
     extremes: int = 12,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
@@ -127,6 +122,7 @@ def evaluate(
         network: gives logits of images as :meth:`~batchshaping.training.data.Data.normalize` makes them.
         data: the data set.
         batch: images in a forward pass.
+        workers: processes that load images.
         extremes: how many of the images with the least and with the most multiply-adds to show.
         device: where the network is.
 
@@ -141,7 +137,7 @@ def evaluate(
     cost = MultiplyAdds(network, zeros)
     evaluation = Evaluation(network, cost, data.classes)
     predicted, spent = [], []
-    for images, labels in batches(data.test, batch):
+    for images, labels in batches(data.test, batch, num_workers=workers):
         logits = network(data.normalize(images.to(device)).to(dtype))
         guesses, macs = evaluation.update(network, logits, labels.to(device))
         predicted.append(guesses.cpu())

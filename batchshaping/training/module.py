@@ -20,7 +20,7 @@ from batchshaping.channel_gating.resnets import SmallImageResNet
 from batchshaping.gates import Gate, gate_decisions, gate_probabilities, l0_penalty
 from batchshaping.priors import Beta
 from batchshaping.training.config import SMALL_IMAGE_NETWORKS, RunConfig
-from batchshaping.training.data import Batch, Data, Images, shift_and_flip
+from batchshaping.training.data import Batch, Data, Images, batches, shift_and_flip
 from batchshaping.training.evaluation import Evaluation
 from batchshaping.training.schedules import Cosine, Ramp, Schedule, Steps
 
@@ -268,16 +268,14 @@ class DataModule(pl.LightningDataModule):
         trainer = _trainer(self)
         seed = _seed(self.config.seed, trainer.current_epoch, trainer.global_rank)
         training = isinstance(sampler, DistributedSampler)
-        return DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_size=self.config.batch_of_a_device,
+        return batches(
+            images,
+            self.config.batch_of_a_device,
+            seed=seed,  # what workers draw follows from the epoch too
             sampler=sampler,
             drop_last=training,
             num_workers=self.config.workers,
-            collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
-            # What workers draw follows from the epoch too.
-            generator=torch.Generator().manual_seed(seed),
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -291,10 +289,6 @@ class DataModule(pl.LightningDataModule):
 def _trainer(module: DataModule) -> pl.Trainer:
     assert module.trainer is not None
     return module.trainer
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _seed(*numbers: int) -> int:

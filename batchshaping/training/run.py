@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import batchshaping
+from batchshaping.files import replaced
 from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint
 from batchshaping.training.config import RunConfig, read_config, write_config
 from batchshaping.training.data import Data, load_data
@@ -255,7 +256,9 @@ def _fit(
         raise KeyboardInterrupt
     if trainer.global_rank > 0:
         return {}
-    network = module.network.to("cpu", torch.float64 if config.precision == "64" else torch.float32)
+    # Where it was trained; Lightning gives it back on the CPU.
+    device = trainer.strategy.root_device
+    network = module.network.to(device, torch.float64 if config.precision == "64" else torch.float32)
     result = {
         "config": config.model_dump(mode="json"),
         "versions": {
@@ -265,7 +268,7 @@ def _fit(
         },
         "classes": list(module.data.classes),
         "seconds": round(time.monotonic() - started, 1),
-        **evaluate(network, module.data),
+        **evaluate(network, module.data, workers=config.workers, device=device),
         "history": module.history,
     }
     with _written_to(output):
@@ -318,15 +321,15 @@ class _WriteHistory(Callback):
 
 
 def _write_json(content: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_weights(network: nn.Module, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
-    partial.replace(path)
+    with replaced(path) as partial:
+        partial.write_bytes(
+            save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
+        )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
 
+from batchshaping.files import replaced
 from batchshaping.report.page import report_html
 from batchshaping.training.config import RunConfig
 from batchshaping.training.run import read_result, train
@@ -83,9 +84,8 @@ def run(name: str, config: RunConfig, folder: Path) -> str:
         result = train(config, Path(scratch) / "run")
     if config.seed != SEEDS[0]:
         result["least"] = result["most"] = []
-    partial = folder / f".{name}.partial"
-    partial.write_text(json.dumps(_rounded(result), separators=(",", ":")) + "\n")
-    partial.replace(folder / f"{name}.json")
+    with replaced(folder / f"{name}.json") as partial:
+        partial.write_text(json.dumps(_rounded(result), separators=(",", ":")) + "\n")
     return f"{name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
 
 
