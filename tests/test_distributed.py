@@ -367,6 +367,24 @@ def memories(rank: int, world: int) -> None:
             close(own.grad / world, whole.grad.split(sizes)[rank], whole.grad)
 
 
+def memories_of_equal_values(rank: int, world: int) -> None:
+    """Among equal values, current and remembered, each takes the rank that it has in one process."""
+    for ties in (False, True):
+        settings = {"history": 2, "reduction": "none", "ties": ties}
+        alone, together = (
+            bs.BatchShapingLoss(bs.Beta(2, 6), 0, group=group, **settings) for group in (None, "world")
+        )
+        for _ in range(4):
+            sizes = uneven(world)
+            x = values(sum(sizes), 5, dtype=F64).mul(4).round().div(4)
+            whole, own = x.clone().requires_grad_(), x.split(sizes)[rank].clone().requires_grad_()
+            expected, loss = alone(whole), together(own)
+            expected.sum().backward()
+            loss.sum().backward()
+            close(loss.detach(), expected.detach())
+            close(own.grad / world, whole.grad.split(sizes)[rank], whole.grad)
+
+
 def slices(rank: int, world: int) -> None:
     sizes = uneven(world)
     x = torch.randn(sum(sizes), 6)
@@ -642,6 +660,7 @@ LAWS = [
     foreign_priors,
     every_statistic,
     memories,
+    memories_of_equal_values,
     slices,
     nan_stays_in_its_array,
     every_rank_gets_the_same_loss,
