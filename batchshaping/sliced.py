@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ class SlicedBatchShapingLoss(nn.Module):
     By the theorem of Cramér and Wold a distribution is given by its projections: with a standard Normal prior
     the loss is least for an isotropic Gaussian embedding, which cannot collapse. With
     ``statistic="epps_pulley"`` it is SIGReg up to a factor N.
+
+    Half precision is projected in float32, under autocast too.
 
     Each forward pass in training draws new directions from a generator that the seed and the number of passes
     determine, so that all ranks project alike, and a resumed run goes on as if undisturbed. In evaluation the
@@ -80,11 +84,22 @@ class SlicedBatchShapingLoss(nn.Module):
             raise ValueError(
                 f"x must have shape (..., D) with samples before the last, received {tuple(x.shape)}"
             )
-        directions = self.directions(x.shape[-1]).to(x)
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, received {x.dtype}")
+        directions = self.directions(x.shape[-1]).to(x.device)
         if self.training:
             self.step += 1
-        loss: Tensor = self.loss(x.flatten(0, -2) @ directions)
-        return loss
+        working = torch.promote_types(x.dtype, torch.float32)
+        with _full_precision(x.device.type):
+            projections = x.flatten(0, -2).to(working) @ directions.to(working)
+        loss: Tensor = self.loss(projections)
+        return loss.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"slices={self.slices}, seed={self.seed}"
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    """Autocast would project in half precision."""
+    is_available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if is_available else nullcontext()
