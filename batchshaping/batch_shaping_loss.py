@@ -150,10 +150,7 @@ def _loss(
 ) -> Tensor:
     """The loss of each array, in closed form where there is one."""
     if not isinstance(statistic, ClosedFormStatistic) or not isinstance(prior, ClosedFormPrior):
-        if logits:
-            # What is masked stays infinite.
-            x = torch.where(x == torch.inf, x, torch.sigmoid(x)) if count is not None else torch.sigmoid(x)
-        return statistic.loss(x, count, current, ties, prior)
+        return statistic.loss(x, count, current, ties, prior, logits)
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
     # A tensor that vmap maps does not tell whether a transform outside of vmap differentiates in it.
@@ -196,8 +193,8 @@ def batch_shaping(
         statistic: "cramer_von_mises" (the formula above), "anderson_darling" or "wasserstein", or a
             :class:`~batchshaping.statistics.Statistic` of one's own.
         mask: booleans that broadcast to x's shape; values where it is False are left out.
-        ties: whether equal values share the largest of their ranks, as in the exact empirical CDF, instead of
-            taking consecutive ones.
+        ties: whether equal values of x share the largest of their ranks, as in the exact empirical CDF,
+            instead of taking consecutive ones.
         logits: whether x are logits, of which the prior's values are the sigmoid: the loss of sigmoid(x), and
             a gradient that does not vanish where the sigmoid saturates.
         reduction: "mean" or "sum" over the arrays, or "none" for one loss each.

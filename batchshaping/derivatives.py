@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CDFDerivatives", "LogCDFDerivatives", "PreparedCDF", "nearest_inside"]
+__all__ = ["CDFDerivatives", "LogCDFDerivatives", "PreparedCDF", "nearest_inside", "smallest_positive"]
 
 
 class CDFDerivatives(NamedTuple):
@@ -23,6 +23,9 @@ class LogCDFDerivatives(NamedTuple):
     """The logarithms of the CDF and of the survival function (1 less it) at x, and their derivatives.
 
     ``parameters`` holds a pair for each parameter, of log CDF and of log survival function.
+
+    The derivatives in x are ``cdf_by_x`` and ``sf_by_x`` times ``slope``, where None is 1. The slope is apart
+    because that of logit(x) is huge near 0: a product that begins with the small factors stays finite.
     """
 
     log_cdf: Tensor
@@ -30,6 +33,17 @@ class LogCDFDerivatives(NamedTuple):
     cdf_by_x: Tensor
     sf_by_x: Tensor
     parameters: tuple[tuple[Tensor, Tensor], ...] = ()
+    slope: Tensor | None = None
+
+    def by_x(self, by: Tensor) -> Tensor:
+        """A combination of ``cdf_by_x`` and ``sf_by_x``, written over, as a derivative in x.
+
+        It is the largest number of its dtype where it exceeds that.
+        """
+        if self.slope is None:
+            return by
+        largest = torch.finfo(by.dtype).max
+        return by.mul_(self.slope).clamp_(-largest, largest)
 
 
 class PreparedCDF(ABC):
@@ -56,14 +70,22 @@ class PreparedCDF(ABC):
         """The logarithms at sigmoid(logits), their derivatives in the logits."""
         x, slope = torch.sigmoid(logits), _slope_of_sigmoid(logits)
         at = self.logs(x)
-        return at._replace(cdf_by_x=at.cdf_by_x.mul_(slope), sf_by_x=at.sf_by_x.mul_(slope))
+        return at._replace(slope=slope if at.slope is None else at.slope.mul_(slope))
 
 
 def _slope_of_sigmoid(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits).mul_(torch.sigmoid(-logits))
 
 
+def smallest_positive(like: Tensor) -> Tensor:
+    """The smallest positive number of a tensor's dtype: subnormal, unless those are flushed to zero."""
+    finfo = torch.finfo(like.dtype)
+    normal = torch.full((), finfo.smallest_normal, dtype=like.dtype, device=like.device)
+    subnormal = normal * finfo.eps
+    return torch.where(subnormal > 0, subnormal, normal)
+
+
 def nearest_inside(x: Tensor) -> tuple[Tensor, Tensor]:
     """The number in (0, 1) nearest to x, and where that is x itself (or x is NaN)."""
-    finfo = torch.finfo(x.dtype)
-    return x.clamp(finfo.smallest_normal, 1 - finfo.eps / 2), (x > 0) & (x < 1) | x.isnan()
+    below_one = 1 - torch.finfo(x.dtype).eps / 2
+    return torch.maximum(x, smallest_positive(x)).clamp_max_(below_one), ~((x <= 0) | (x >= 1))

@@ -156,7 +156,7 @@ class _LogTails(torch.autograd.Function):
     def forward(value: Tensor, prior: type[ClosedFormPrior], *parameters: Tensor) -> tuple[Tensor, ...]:
         at = prior.prepare(parameters, value.dtype, gradients=True, tails=True).logs(value)
         cdf_by, sf_by = zip(*at.parameters, strict=True)
-        return at.log_cdf, at.log_sf, at.cdf_by_x, *cdf_by, at.sf_by_x, *sf_by
+        return at.log_cdf, at.log_sf, at.by_x(at.cdf_by_x), *cdf_by, at.by_x(at.sf_by_x), *sf_by
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -347,7 +347,7 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
         mean, temperature = _rounded(value.dtype, *self.parameters)
         inside = (value > 0) & (value < 1) | value.isnan()
         logit = torch.logit(torch.where(inside, value, 0.5))
-        cdf = torch.sigmoid(temperature * logit - torch.logit(mean))
+        cdf = cdf_relaxedbernoulli.sigmoid_with_tails(temperature * logit - torch.logit(mean))
         return torch.where(inside, cdf, (value > 0.5).to(value.dtype))
 
     @staticmethod

@@ -17,6 +17,7 @@ A statistic of one's own is a subclass of :class:`Statistic` with one method.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -27,6 +28,7 @@ from torch.distributions import Distribution
 
 from batchshaping.priors import ClosedFormPrior, Normal
 from batchshaping.ranking import order_statistics, ranks
+from batchshaping.tails import log_tails
 
 __all__ = [
     "AndersonDarling",
@@ -143,8 +145,12 @@ class Statistic(ABC):
         current: Tensor | None,
         ties: bool,
         prior: Distribution,
+        logits: bool,
     ) -> Tensor:
-        """The statistic of each array: x of shape (..., N) to (...); see :class:`Samples`."""
+        """The statistic of each array: x of shape (..., N) to (...); see :class:`Samples`.
+
+        Logits are put in order, and share ranks, as they are given; their sigmoids are what is compared.
+        """
         with torch.no_grad():
             samples = Samples(x, count, ties, current)
         # A product, so that the gradients of an array with a NaN are NaN too.
@@ -152,6 +158,7 @@ class Statistic(ABC):
         values = x.gather(-1, samples.order.indices)
         if samples.counts is not None:
             values = torch.where(samples.counts, values, samples.values)
+        values = torch.sigmoid(values) if logits else values
         # Distributions broadcast from the right, so here the samples come first.
         positions = samples.positions().movedim(-1, 0)
         positions = positions.reshape(-1, *[1] * (values.ndim - 1)) if positions.ndim == 1 else positions
@@ -299,10 +306,11 @@ class AndersonDarling(ClosedFormStatistic):
         gradients: bool,
     ) -> Callable[[slice], Terms]:
         prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients, tails=True)
-        evaluate = prepared.logs_at_logits if logits else prepared.logs
 
         def terms(tile: slice) -> Terms:
-            at = evaluate(samples.values[..., tile])
+            values = samples.values[..., tile]
+            # An infinite logit has an infinite logarithm, and a huge one stands for it.
+            at = prepared.logs_at_logits(values.clamp(-1e30, 1e30)) if logits else prepared.logs(values)
             p = samples.positions(tile)
             entropy = torch.special.entr(p) + torch.special.entr(1 - p)
 
@@ -312,7 +320,7 @@ class AndersonDarling(ClosedFormStatistic):
             # No term is negative but by rounding.
             value = mean(at.log_cdf, at.log_sf).sub_(entropy).clamp_min_(0.0).mul_(2)
             by_parameter = tuple(mean(*pair) for pair in at.parameters)
-            return Terms(value, mean(at.cdf_by_x, at.sf_by_x), by_parameter)
+            return Terms(value, at.by_x(mean(at.cdf_by_x, at.sf_by_x)), by_parameter)
 
         return terms
 
@@ -393,13 +401,16 @@ class EppsPulley(ClosedFormStatistic):
         current: Tensor | None,
         ties: bool,
         prior: Distribution,
+        logits: bool,
     ) -> Tensor:
         if not isinstance(prior, torch.distributions.Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior}")
-        # What is masked is infinite.
-        left_out = torch.zeros((), dtype=torch.bool) if count is None else x == torch.inf
-        x = x + self._poison(x, count)
-        z = (x.masked_fill(left_out, 0.0) - prior.loc.unsqueeze(-1)) / prior.scale.unsqueeze(-1)
+        left_out = (
+            torch.zeros((), dtype=torch.bool, device=x.device) if count is None else _left_out(x, count)
+        )
+        x = x.masked_fill(left_out, 0.0)
+        values = torch.sigmoid(x) if logits else x
+        z = (values - prior.loc.unsqueeze(-1)) / prior.scale.unsqueeze(-1)
         n = x.shape[-1] if count is None else count
         total = torch.zeros_like(z[..., 0])
         for t, target, weight in zip(
@@ -410,14 +421,6 @@ class EppsPulley(ClosedFormStatistic):
             )
             total = total + weight * ((cosine - target).square() + sine.square())
         return total
-
-    @staticmethod
-    def _poison(x: Tensor, count: Tensor | None) -> Tensor:
-        """NaN for an array with an infinite sample, which has no characteristic function, and 0 otherwise."""
-        if count is None:
-            return x.new_zeros(())
-        is_infinite = (x == torch.inf).sum(dim=-1) > x.shape[-1] - count
-        return torch.where(is_infinite, torch.nan, 0.0).to(x.dtype).unsqueeze(-1)
 
     def loss_and_gradients(
         self,
@@ -433,15 +436,15 @@ class EppsPulley(ClosedFormStatistic):
     ) -> list[Tensor]:
         if not issubclass(prior, Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior.__name__}")
-        x = x.contiguous() + self._poison(x, count)
+        x = x.contiguous()
         loc, scale = (p.unsqueeze(-1).to(x.dtype) if p.ndim else p.to(x.dtype) for p in parameters)
         values = torch.sigmoid(x) if logits else x
         z = (values - loc) / scale
         n: Tensor | int = x.shape[-1]
         left_out: Tensor | None = None
         if count is not None:
-            # What is masked is infinite; at 0 each adds 1 to every sum.
-            n, left_out = count.unsqueeze(-1), x == torch.inf
+            # At 0 each of those that are left out adds 1 to every sum.
+            n, left_out = count.unsqueeze(-1), _left_out(x, count)
             z.masked_fill_(left_out, 0.0)
         # Powers of one rotation: a sine and a cosine of each value, whatever the number of points.
         rotation = torch.polar(torch.ones_like(z), z * float(self.t[1]))
@@ -463,7 +466,7 @@ class EppsPulley(ClosedFormStatistic):
         if left_out is not None:
             by_z.masked_fill_(left_out, 0.0)
         by_parameter = [-by_z.sum(dim=-1), -(by_z * z).sum(dim=-1)]
-        by_x = by_z.mul_(values * (1 - values)) if logits else by_z
+        by_x = by_z.mul_(torch.sigmoid(-x)).mul_(values) if logits else by_z
         factor = (
             2 / torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1).expand(loss.shape).contiguous()
         )
@@ -473,6 +476,14 @@ class EppsPulley(ClosedFormStatistic):
             factor,
             *(by if needs_parameters else x.new_empty(0) for by in by_parameter),
         ]
+
+
+def _left_out(x: Tensor, count: Tensor) -> Tensor:
+    """Where x is no sample but infinite in place of one; of the infinite values, the last ones."""
+    is_infinite = x == torch.inf
+    seen = is_infinite.cumsum(dim=-1)
+    samples = seen[..., -1:] - (x.shape[-1] - count.unsqueeze(-1))
+    return is_infinite & (seen > samples)
 
 
 class _OnTheLine(Distribution):
@@ -485,13 +496,8 @@ class _OnTheLine(Distribution):
         self.upper = getattr(prior.support, "upper_bound", torch.inf)
 
     def cdf(self, value: Tensor) -> Tensor:
-        lower, upper = (
-            torch.as_tensor(v, dtype=value.dtype, device=value.device) for v in (self.lower, self.upper)
-        )
-        inside = (value > lower) & (value < upper) | value.isnan()
-        middle = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1).nan_to_num(0.0, 0.0, 0.0)
-        cdf = self.prior.cdf(torch.where(inside, value, middle))
-        return torch.where(inside, cdf, (value >= upper).to(value.dtype))
+        inside, above, x = self._within(value)
+        return torch.where(inside, self.prior.cdf(x), above.to(value.dtype))
 
     def icdf(self, value: Tensor) -> Tensor:
         try:
@@ -501,14 +507,27 @@ class _OnTheLine(Distribution):
             raise ValueError(f"this statistic needs a prior with an icdf, received {name}") from None
 
     def log_cdf(self, value: Tensor) -> Tensor:
-        """The logarithm of the CDF, bounded below by that of the smallest number."""
-        cdf = self.cdf(value)
-        return cdf.clamp_min(torch.finfo(cdf.dtype).smallest_normal).log()
+        """The logarithm of the CDF; outside of the support 0, or that of the smallest normal number."""
+        inside, above, x = self._within(value)
+        return torch.where(inside, log_tails(self.prior, x)[0], self._log_smallest(~above, value.dtype))
 
     def log_sf(self, value: Tensor) -> Tensor:
         """The logarithm of 1 less the CDF, likewise."""
-        cdf = self.cdf(value)
-        return (1 - cdf).clamp_min(torch.finfo(cdf.dtype).smallest_normal).log()
+        inside, above, x = self._within(value)
+        return torch.where(inside, log_tails(self.prior, x)[1], self._log_smallest(above, value.dtype))
+
+    def _within(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which values are inside of the support, which are above, and values that are all inside."""
+        lower, upper = (
+            torch.as_tensor(v, dtype=value.dtype, device=value.device) for v in (self.lower, self.upper)
+        )
+        middle = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1).nan_to_num(0.0, 0.0, 0.0)
+        inside = (value > lower) & (value < upper) | value.isnan()
+        return inside, value >= upper, torch.where(inside, value, middle)
+
+    @staticmethod
+    def _log_smallest(is_empty: Tensor, dtype: torch.dtype) -> Tensor:
+        return is_empty * math.log(torch.finfo(dtype).smallest_normal)
 
 
 def _unvalidated(prior: Distribution) -> Distribution:

@@ -152,7 +152,7 @@ def test_outside_the_support_the_logarithms_are_those_of_the_nearest_value(
     prior = family.prior(*parameters)
     for dtype in (F64, torch.float32):
         finfo = torch.finfo(dtype)
-        first, last = finfo.smallest_normal, 1 - finfo.eps / 2
+        first, last = finfo.smallest_normal * finfo.eps, 1 - finfo.eps / 2
         x = torch.tensor([-2.0, 0.0, first, last, 1.0, 3.0], dtype=dtype, requires_grad=True)
         for values in (prior.log_cdf(x), prior.log_sf(x)):
             assert bool(values.isfinite().all()) and bool((values <= 0).all())
