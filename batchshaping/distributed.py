@@ -54,6 +54,7 @@ class Columns:
 
     Attributes:
         current: which of all ranks' samples are of the current batch.
+        now: how many of them there are to an array, masked ones included.
         masked: whether any rank leaves samples out.
         differentiable: whether the values of any rank require a gradient. Then all take part in its making.
 
@@ -75,7 +76,7 @@ class Columns:
         )
         self.masked, self.differentiable = any(some_masked), any(some_differentiable)
         places = [torch.arange(n, device=x.device) < c for n, c in zip(self.samples, now, strict=True)]
-        self.current = torch.cat(places)
+        self.current, self.now = torch.cat(places), sum(now)
         if len(set(counts)) > 1:
             raise ValueError(f"all ranks must have the same number of arrays, received {counts}")
         if len(set(dtypes)) > 1:
