@@ -31,7 +31,8 @@ def order_statistics(x: Tensor) -> OrderStatistics:
     On the CPU NumPy's vectorised sort does the work, with the same result as ``torch.sort(stable=True)`` but
     for -0.0, which may come back as 0.0.
     """
-    if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if x.device.type == "cpu" and x.numel() and not traced:
         method = _CPU_SORTS.get(x.dtype)
         found = method(x.detach()) if method is not None else None
         if found is not None:
@@ -55,7 +56,7 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
         # number that rounds to 0 stands for it. What is not 0 stays the same.
         keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(_ROUNDS_TO_ZERO)
     bits = keys.view(torch.int64)
-    bits |= torch.arange(x.shape[-1], device="cpu")
+    bits |= torch.arange(x.shape[-1], device=x.device)
     # The more is added to a negative number the less it is: there the index is counted backwards.
     negative = least < 0
     if negative:

@@ -17,10 +17,12 @@ A statistic of one's own is a subclass of :class:`Statistic` with one method.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -50,7 +52,10 @@ _TILE = 2**18
 # glibc keeps freed memory for the next request up to the size of the largest block it has seen freed, at most
 # 32 MiB. Below, it returns the intermediate results to the system after each step, and the page faults of
 # getting them back take a third of the time. So let it see one such block freed, which nobody wrote to.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
+
+_Made = TypeVar("_Made", bound="ClosedFormStatistic")
 
 
 class Samples:
@@ -179,17 +184,42 @@ class Terms(NamedTuple):
 class ClosedFormStatistic(Statistic):
     """A statistic with closed forms of its derivatives for a prior that has those of its CDF.
 
-    A compiled program makes it anew from its ``name`` and the ``arguments`` of its constructor.
+    A subclass that redefines ``terms`` or ``loss`` without ``closed_form`` or ``loss_and_gradients`` has no
+    closed form any more; it is differentiated by autograd.
+
+    Attributes:
+        in_closed_form: whether there are closed forms of what ``terms`` and ``loss`` give.
+        key: tells the object from all others of the process, copies of it too. By it, compiled programs look
+            the object up, so that they use it with the state that it has when they run.
     """
 
-    arguments: tuple[float, ...] = ()
-    name: ClassVar[str]
-    by_name: ClassVar[dict[str, type[ClosedFormStatistic]]] = {}
+    in_closed_form: ClassVar[bool] = True
+    key: str
+    _by_key: ClassVar[WeakValueDictionary[str, ClosedFormStatistic]] = WeakValueDictionary()
+    _number: ClassVar[Iterator[int]] = itertools.count()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = f"{cls.__module__}.{cls.__qualname__}"
-        ClosedFormStatistic.by_name[cls.name] = cls
+        closed = {"closed_form", "loss_and_gradients"} & vars(cls).keys()
+        if closed or {"terms", "loss"} & vars(cls).keys():
+            cls.in_closed_form = bool(closed)
+
+    def __new__(cls: type[_Made], *_: Any, **__: Any) -> _Made:
+        made = super().__new__(cls)
+        object.__setattr__(made, "key", f"{cls.__module__}.{cls.__qualname__}#{next(cls._number)}")
+        cls._by_key[made.key] = made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "key"}
+
+    @staticmethod
+    def by_key(key: str) -> ClosedFormStatistic:
+        """The statistic of this process with this key."""
+        found = ClosedFormStatistic._by_key.get(key)
+        if found is None:
+            raise RuntimeError(f"the statistic {key} of a compiled program is gone: compile it again")
+        return found
 
     @abstractmethod
     def closed_form(
@@ -381,8 +411,7 @@ class EppsPulley(ClosedFormStatistic):
     """
 
     def __init__(self, limit: float = 3.0, points: int = 17) -> None:
-        self.arguments = (limit, points)
-        self.t = torch.linspace(0.0, limit, int(points), dtype=torch.float64)
+        self.t = torch.linspace(0.0, limit, int(points), dtype=torch.float64, device="cpu")
         self.target = torch.exp(-self.t.square() / 2)
         step = limit / (points - 1)
         self.weights = self.target * 2 * step
@@ -542,7 +571,7 @@ def _unvalidated(prior: Distribution) -> Distribution:
 
 def on_the_line(prior: Distribution) -> Distribution:
     """The prior with everything that a statistic asks of one."""
-    return prior if isinstance(prior, ClosedFormPrior) else _OnTheLine(prior)
+    return prior if isinstance(prior, ClosedFormPrior) and prior.in_closed_form else _OnTheLine(prior)
 
 
 STATISTICS: dict[str, Statistic] = {

@@ -28,7 +28,7 @@ FLOORS = {
         "memory",
         "ranking",
     },
-    "loss": {"priors", "tails", "statistics", "batch_shaping_loss", "sliced"},
+    "loss": {"priors", "prior_module", "tails", "statistics", "batch_shaping_loss", "sliced"},
     "networks": {"gates", "channel_gating", "mixed_scale"},
     "public names": {"batchshaping"},
     "what people run": {

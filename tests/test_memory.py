@@ -117,5 +117,5 @@ def test_a_negative_history_is_refused() -> None:
 def test_a_memory_keeps_as_many_batches_as_asked() -> None:
     memory = Memory(3)
     for k in range(5):
-        memory.join(torch.full((2, 1), float(k)), None)
+        memory.remember(torch.full((2, 1), float(k)), None)
     assert [v[0, 0].item() for v in memory.values] == [4.0, 3.0, 2.0]
