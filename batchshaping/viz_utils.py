@@ -25,7 +25,6 @@ from batchshaping.utils import to_numpy
 
 try:
     import matplotlib as mpl
-    from cycler import cycler
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,6 +35,7 @@ try:
     from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
     from matplotlib.patches import StepPatch
+    from matplotlib.rcsetup import cycler
     from matplotlib.text import Text
     from matplotlib.ticker import MaxNLocator, NullFormatter
     from PIL import Image

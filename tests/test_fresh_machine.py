@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Collection
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -100,3 +106,72 @@ def test_a_machine_without_apt_is_left_alone(tmp_path: Path) -> None:
     program(tmp_path, "id", "echo 0")
     done = make("browser", path=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# The notebooks
+
+
+def imports_of(code: str) -> set[str]:
+    """The modules that Python code imports, at its top or within a function."""
+    modules = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def needed(modules: set[str]) -> set[str]:
+    """What these modules need from elsewhere, those of this package with all that they import in turn."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    while modules:
+        module = modules.pop()
+        top = module.partition(".")[0]
+        if top != "batchshaping":
+            found.add(top)
+            continue
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+        if module not in seen and path.is_file():
+            seen.add(module)
+            modules |= imports_of(path.read_text(encoding="utf-8"))
+    return found - set(sys.stdlib_module_names) - {"__future__"}
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[^\w-]", requirement)[0].lower()
+
+
+def dependencies(distribution: str, extras: Collection[str] = ()) -> set[str]:
+    """The names of what an installed distribution asks for by itself, and with some of its extras."""
+    names = set()
+    for requirement in requires(distribution) or []:
+        of_extra = re.search(r"extra == .([\w-]+)", requirement)
+        if of_extra is None or of_extra[1] in extras:
+            names.add(name_of(requirement))
+    return names
+
+
+def required() -> set[str]:
+    """What requirements.txt asks for, and what comes with this package and its extras."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (package,) = (line for line in lines if line.startswith("--editable ."))
+    direct = dependencies("batchshaping", package.partition("[")[2].rstrip("]").split(","))
+    return {name_of(line) for line in lines if line[:1].isalpha()}.union(direct, *map(dependencies, direct))
+
+
+def test_the_requirements_hold_what_the_published_notebooks_import() -> None:
+    assert {"jupyterlab", "matplotlib", "numpy", "seaborn", "torch"} <= required()
+
+
+@pytest.mark.parametrize("notebook", sorted(ROOT.glob("*.ipynb")), ids=lambda path: path.name)
+def test_the_requirements_hold_what_our_notebooks_import(notebook: Path) -> None:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
+    code = "\n".join(line.rstrip("\n") for line in lines if not line.startswith("%"))
+    names, distributions = required(), packages_distributions()
+    found = {module: {name.lower() for name in distributions[module]} for module in needed(imports_of(code))}
+    assert {"torch", "matplotlib"} <= found.keys()
+    assert {module for module, of_module in found.items() if not of_module & names} == set()
