@@ -720,6 +720,9 @@ _PUBLISHED: dict[Prior, tuple[Callable[..., ClosedFormPrior], Callable[..., Clos
     Prior.NORMAL: (Normal, Normal),
 }
 
+# As published, the flag of gbas_loss concerns these families only.
+_LEARNED_ON_REQUEST = {Prior.SYMBETA, Prior.BETA}
+
 
 def gbas_loss(
     x_in: Tensor,
@@ -739,8 +742,10 @@ def gbas_loss(
         x_in: values of any shape and floating dtype.
         prior: family of the prior.
         prior_param1: its first parameter: a number, a 0-d tensor, or a 1-d tensor with one value an array.
-        prior_param2: its second parameter, likewise; not read for SYMBETA.
-        trainable_prior_params: whether the parameters get gradients.
+        prior_param2: its second parameter, likewise; None for SYMBETA, whose second parameter is 1 less the
+            first.
+        trainable_prior_params: whether parameters of SYMBETA and BETA get gradients. Those of
+            RELAXED_BERNOULLI and NORMAL get theirs whenever they require them.
         dim: the dimension that indexes the arrays; None takes all values as one array.
         handle_ties: whether equal values share the largest of their ranks.
 
@@ -748,7 +753,8 @@ def gbas_loss(
         The mean loss of the arrays, a scalar.
 
     Raises:
-        ValueError: if the prior is unknown, or a parameter is missing, out of range or of another shape.
+        ValueError: if the prior is unknown, or a parameter is missing, not one of this prior, out of range
+            or of another shape.
 
     Example:
         >>> gbas_loss(torch.tensor([0.1, 0.2, 0.4]), Prior.BETA, 2, 6)
@@ -758,10 +764,10 @@ def gbas_loss(
         raise ValueError(f"prior must be one of {', '.join(map(str, Prior))}, received {prior!r}")
     if prior_param2 is None and prior is not Prior.SYMBETA:
         raise ValueError(f"prior_param2 must be given for {prior}, received None")
-    parameters = [
-        p.detach() if isinstance(p, Tensor) and not trainable_prior_params else p
-        for p in (prior_param1, prior_param2)
-    ]
+    if prior_param2 is not None and prior is Prior.SYMBETA:
+        raise ValueError(f"prior_param2 must be None for {prior}, received {prior_param2}")
+    fixed = prior in _LEARNED_ON_REQUEST and not trainable_prior_params
+    parameters = [p.detach() if isinstance(p, Tensor) and fixed else p for p in (prior_param1, prior_param2)]
     arrays = x_in.reshape(1, -1) if dim is None else x_in.movedim(dim, 0).reshape(x_in.shape[dim], -1)
     meant, published = _PUBLISHED[prior]
     return batch_shaping(arrays, published(*meant(*parameters).parameters), dim=1, ties=handle_ties)
