@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchshaping.files import quoted
 from batchshaping.training.config import (
     DATASETS,
     IMAGENET_NETWORKS,
@@ -17,6 +19,7 @@ from batchshaping.training.config import (
     SMALL_IMAGE_NETWORKS,
     RunConfig,
     read_config,
+    read_whole_config,
     write_config,
 )
 from batchshaping.training.schedules import Ramp, Steps
@@ -26,6 +29,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 shares = st.floats(0, 1)
 positive = st.floats(0, exclude_min=True, allow_infinity=False)
 not_negative = st.floats(0, allow_infinity=False)
+concentrations = st.floats(0, 1e5, exclude_min=True)
 counts = st.integers(1, 10**6)
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
@@ -51,7 +55,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "penalized": st.sampled_from(["multiply-adds", "open-gates"]),
     "shaping": not_negative,
     "shaping_end": st.floats(0, 1, exclude_min=True),
-    "prior": st.tuples(positive, positive),
+    "prior": st.tuples(concentrations, concentrations),
     "noise_end": st.none() | st.floats(0, 1, exclude_min=True),
     "epochs": counts,
     "batch_size": counts,
@@ -109,7 +113,7 @@ def test_a_configuration_comes_back_from_its_file(
     assert {name: getattr(config, name) for name in settings} == settings
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     write_config(config, path)
-    assert read_config(path) == config
+    assert read_config(path) == read_whole_config(path) == config
     assert RunConfig(**config.model_dump(mode="json")) == config
 
 
@@ -178,6 +182,7 @@ def test_the_batch_is_shared_out_without_a_rest(settings: dict[str, Any]) -> Non
         *[("shaping_end", value) for value in (0, 1.5)],
         *[("noise_end", value) for value in (0, 1.5, "never")],
         *[("prior", value) for value in ((0.6,), (0.6, 0.4, 0.1), 0.6)],
+        *[(name, True) for name in FIELDS if not isinstance(getattr(RunConfig(), name), bool)],
         *[("epochs", value) for value in (0, -1, "many", None)],
         *[("train_images", value) for value in (0, -1, "some")],
         *[("accumulate", value) for value in (0, "2.5")],
@@ -200,6 +205,7 @@ def test_a_value_out_of_range_is_refused_with_its_name(name: str, value: object)
     ("name", "value", "part"),
     [
         ("prior", (0.6, 0), "prior.1: "),
+        ("prior", (0.6, 1e18), "prior.1: "),
         ("prior", "a,0.4", "prior.0: "),
         ("prior", "0.6", "prior.1: "),
         ("milestones", (0.5, 1.5), "milestones.1: "),
@@ -212,7 +218,7 @@ def test_one_number_of_several_is_named(name: str, value: object, part: str) -> 
 @given(name=text.filter(lambda name: name not in RunConfig.model_fields))
 def test_an_unknown_setting_is_refused_with_those_there_are(name: str) -> None:
     line = refused(**{name: 1})
-    assert line.startswith(f"there is no setting {name!r}; ")
+    assert line.startswith(f"there is no setting {quoted(name)}; ")
     assert all(known in line for known in RunConfig.model_fields)
 
 
@@ -257,7 +263,6 @@ def test_a_configuration_does_not_change() -> None:
         b"network: !!python/object/apply:os.getcwd []",
         b"\xff\xfe\x00",
         b"network: resnet8\0",
-        b"data_folder: 2020-13-45",
         b"epochs: " + b"1" * 5000,
         b"[" * 5000,
     ],
@@ -278,6 +283,199 @@ def test_a_file_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(No such file|Is a directory)") as error:
         read_config(tmp_path / name)
     assert str(error.value).startswith(f"{tmp_path / name}: ")
+
+
+def yaml_refused(text: str, path: Path) -> str:
+    """The one line with which a file is refused, without its name."""
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        read_config(path)
+    line = str(error.value).partition("; there are ")[0]
+    assert line.startswith(f"{path}: ") and len(line) < len(str(path)) + 250
+    return line.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *("010", "-010", "+07", "0x1F", "0XFF", "0b101", "0o17", "1_000", "1_0.5", "1:30", "1:30:00"),
+        *("true", "yes", "on", ".inf", ".nan", "1e999", "9" * 18, "9" * 400, "9" * 5000, "2.5", "null", "''"),
+    ],
+    ids=lambda number: number[:20],
+)
+def test_a_number_that_is_read_in_different_ways_is_refused_with_its_setting(
+    number: str, tmp_path: Path
+) -> None:
+    line = yaml_refused(f"epochs: {number}\nnetwork: resnet8\n", tmp_path / "run.yaml")
+    assert line.startswith("epochs")
+
+
+@pytest.mark.parametrize("prior", ["[true, 0.4]", "[0.6, 010]", "[0.6, 1_0]", "[[0.6], 0.4]", "{a: 1}"])
+def test_a_number_in_a_list_is_refused_with_its_setting(prior: str, tmp_path: Path) -> None:
+    assert yaml_refused(f"prior: {prior}\n", tmp_path / "run.yaml").startswith("prior")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rate: 5e-4", {"learning_rate": 5e-4}),
+        ("learning_rate: 1e-05", {"learning_rate": 1e-5}),
+        ("learning_rate: .5", {"learning_rate": 0.5}),
+        ("epochs: 3", {"epochs": 3}),
+        ("epochs: +3", {"epochs": 3}),
+        ("epochs: '3'", {"epochs": 3}),
+        ("epochs: 1e2", {"epochs": 100}),
+        ("gated: yes", {"gated": True}),
+        ("gated: off", {"gated": False}),
+        ("gated: False", {"gated": False}),
+        ("noise_end: ~", {"noise_end": None}),
+        ("noise_end:", {"noise_end": None}),
+        ("precision: 64", {"precision": "64"}),
+        ("prior: [2, 6]", {"prior": (2.0, 6.0)}),
+        ("prior:\n- 2\n- 6", {"prior": (2.0, 6.0)}),
+        ("data_folder: 2020-13-45", {"data_folder": Path("2020-13-45")}),
+        ("data_folder: 12:30", {"data_folder": Path("12:30")}),
+        ("data_folder: '010'", {"data_folder": Path("010")}),
+        ("\ufeffepochs: 3", {"epochs": 3}),
+        ("{epochs: 3, seed: 1}", {"epochs": 3, "seed": 1}),
+        ("--- # a comment\nepochs: 3\n...\n", {"epochs": 3}),
+    ],
+)
+def test_what_is_plain_is_read(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert read_config(path) == RunConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "1e5",
+        "010",
+        "0x1F",
+        "1_000",
+        "1:30",
+        "2020-01-01",
+        "true",
+        "yes",
+        "null",
+        "~",
+        "",
+        ".inf",
+        "a: b",
+        "#",
+    ],
+)
+def test_a_folder_whose_name_looks_like_something_else_comes_back(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    config = RunConfig(data_folder=Path(folder))
+    write_config(config, path)
+    # A folder of the name null cannot be told from none, here and on the command line.
+    assert read_config(path) == (config if folder != "null" else RunConfig())
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghi"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3\nseed: 1\nepochs: 4\n", "expected each setting once, received 'epochs' again in line 3"),
+        ("{epochs: 3, 'epochs': 3}", "expected each setting once, received 'epochs' again in line 1"),
+        (LAUGHS, "expected settings without anchors, received one in line 1"),
+        ("epochs: &n 3\nseed: *n", "expected settings without anchors, received one in line 1"),
+        ("seed: *n", "expected settings without anchors, received one in line 1"),
+        ("epochs: !!int '010'", "expected settings without tags, received one in line 1"),
+        ("<<: {epochs: 3}", "there is no setting '<<'"),
+        ("epochs: " + "[" * 30 + "]" * 30, "epochs: "),
+        ("epochs: " + "{a: " * 2000 + "}" * 2000, "expected a YAML file"),
+        ("- " * 5000, "expected a YAML file"),
+        ("[" + "1, " * 10_000 + "]", "expected settings as name: value, received [1, 1, 1"),
+        ("x" * 10_000, "expected settings as name: value, received 'xxx"),
+        ("network: " + "x" * 10_000, "network must be one of"),
+        ("x" * 1000 + ": 1", "there is no setting 'xxx"),
+        ("epochs: " + "x" * 10_000, "epochs: input should be a valid integer"),
+        ("#" * 70_000, "expected settings in at most 65536 bytes, received more"),
+        ("epochs: 3\n---\nepochs: 4\n", "expected a YAML file"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_makes_a_file_large_or_ambiguous_is_refused_in_a_short_line(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    assert yaml_refused(text, tmp_path / "run.yaml").startswith(message)
+
+
+# Files of a run
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    write_config(RunConfig(epochs=10), path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"\A[^\n]*: expected [^\n]*\Z"):
+            read_whole_config(path)
+
+
+def test_a_bit_that_changes_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    write_config(RunConfig(epochs=10), path)
+    whole = path.read_bytes()
+    # All bits in turn would take long; this step comes to each place in a byte.
+    for position in range(0, 8 * len(whole), 3):
+        changed = bytearray(whole)
+        changed[position // 8] ^= 1 << position % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"\A[^\n]*config\.yaml: [^\n]*\Z"):
+            read_whole_config(path)
+
+
+def without_mark(path: Path) -> list[str]:
+    """A file as earlier versions wrote it: its lines."""
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:]))
+    return lines[1:]
+
+
+def test_a_file_of_an_earlier_version_must_have_the_settings_of_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    config = RunConfig(prior=(0.5, 0.5), milestones=())
+    write_config(config, path)
+    lines = without_mark(path)
+    assert read_whole_config(path) == config
+    for number, line in enumerate(lines):
+        name = line.partition(":")[0]
+        if name in RunConfig.model_fields and name not in ("prior", "milestones", "threads"):
+            path.write_text("".join(lines[:number] + lines[number + 1 :]))
+            with pytest.raises(ValueError, match=rf"received none of {name}$"):
+                read_whole_config(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"received none of network, width, stem_stride and \d+ more$"):
+        read_whole_config(path)
+
+
+def test_a_setting_that_came_later_has_its_default_where_the_file_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.yaml"
+
+    class Earlier(RunConfig):
+        def model_dump(self, **settings: Any) -> dict[str, Any]:
+            return super().model_dump(**settings, exclude={"log_every", "logger"})
+
+    write_config(Earlier(epochs=3), path)
+    assert read_whole_config(path) == RunConfig(epochs=3)
+
+
+def test_a_file_that_cannot_be_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    write_config(RunConfig(), path)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_config(RunConfig(seed=1), path)
+    assert read_whole_config(path) == RunConfig() and len(list(tmp_path.iterdir())) == 1
 
 
 # What there is to read

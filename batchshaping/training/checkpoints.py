@@ -1,14 +1,16 @@
 """Checkpoints as safetensors: tensors, and everything else as JSON in the header. Nothing is unpickled.
 
 A checkpoint is what Lightning gives: nested dictionaries and lists of tensors, numbers and text. It is one
-file, which replaces an earlier one as a whole: an interruption leaves the old or the new.
+file, which replaces an earlier one as a whole: an interruption leaves the old or the new. A checksum over all
+that is in it is checked before any of it is used, so that a changed bit is an error and not another result.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,72 @@ from torch import Tensor
 
 from batchshaping.files import replaced
 
-__all__ = ["SafeCheckpoints", "read_checkpoint", "write_checkpoint"]
+__all__ = ["SafeCheckpoints", "read_checkpoint", "read_tensors", "write_checkpoint", "write_tensors"]
 
 _TENSOR, _PAIRS = "$tensor", "$pairs"
+_CHECKSUM = "sha256"
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write tensors to a safetensors file with a checksum in its metadata, as a whole or not at all.
+
+    The checksum is the SHA-256 of the metadata and of the name, type, shape and bytes of each tensor. For
+    other software the file is a plain safetensors file.
+
+    Args:
+        tensors: what to write, by name; contiguous, and none of them in the memory of another.
+        path: the file; an earlier one is replaced.
+        metadata: text for the header.
+
+    Raises:
+        OSError: if the file cannot be written; an earlier one is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> write_tensors({"weight": torch.ones(2)}, path, format="pt")
+        >>> read_tensors(path)
+        ({'weight': tensor([1., 1.])}, {'format': 'pt'})
+    """
+    marked = {**metadata, _CHECKSUM: _checksum(tensors, metadata)}
+    with replaced(path) as partial:
+        partial.write_bytes(save(dict(tensors), metadata=marked))
+
+
+def read_tensors(path: Path, unmarked: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`write_tensors` wrote: the tensors, on the CPU, and the metadata.
+
+    Args:
+        path: the file.
+        unmarked: the names of the metadata in files of earlier versions, which have no checksum. A file with
+            just these is read as it is.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is no safetensors file, or not what its checksum is of.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a safetensors file: {error}") from None
+    # Exactly these names: where a bit of the name of the checksum has changed, there is another name.
+    if metadata.keys() != set(unmarked):
+        mark = metadata.pop(_CHECKSUM, None)
+        if mark != _checksum(tensors, metadata):
+            raise ValueError(f"expected the checksum {mark}, received {_checksum(tensors, metadata)}")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
+        # A contiguous tensor of one value or none may have any strides, which no view as bytes takes.
+        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -44,8 +109,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _without_tensors(checkpoint, "", tensors)
-    with replaced(path) as partial:
-        partial.write_bytes(save(tensors, metadata={"checkpoint": json.dumps(tree)}))
+    write_tensors(tensors, path, checkpoint=json.dumps(tree))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -58,16 +122,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: in one line that names the file, if it cannot be read or is no such checkpoint.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tree = json.loads(file.metadata()["checkpoint"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        checkpoint = _with_tensors(tree, tensors)
+        tensors, metadata = read_tensors(path, unmarked={"checkpoint"})
+        checkpoint = _with_tensors(json.loads(metadata["checkpoint"]), tensors)
         assert isinstance(checkpoint, dict)
         return checkpoint
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
-        raise ValueError(f"{path}: expected a checkpoint of batchshaping, received something else") from None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        raise ValueError(
+            f"{path}: expected a checkpoint of batchshaping, whole and unchanged, received something else"
+        ) from None
 
 
 class SafeCheckpoints(CheckpointIO):

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from batchshaping.files import quoted, replaced
 
 __all__ = [
     "DATASETS",
     "IMAGENET_NETWORKS",
+    "MAY_CHANGE",
     "NETWORKS",
     "SECTIONS",
     "SMALL_IMAGE_NETWORKS",
     "RunConfig",
     "read_config",
+    "read_whole_config",
     "write_config",
 ]
 
@@ -40,10 +54,15 @@ SECTIONS = {
 }
 """Headings of the settings, each by the first one that it stands above."""
 
+MAY_CHANGE = {"accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "workers"}
+"""Settings of the machine and the log, which may change when a run goes on."""
+
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1, le=10**9)]
+# Far beyond what shapes a gate: at 1e5 and 1e5 the standard deviation is 0.001.
+_Concentration = Annotated[float, Field(gt=0, le=1e5)]
 
 
 class RunConfig(BaseModel):
@@ -100,7 +119,7 @@ class RunConfig(BaseModel):
     """How many training images to use; all by default."""
     augment: bool = True
     """Whether to shift training images at random, and to flip them where that keeps their class."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=10**4)] = 0
     """Processes that load images; data sets that fit in memory need none."""
 
     budget: _Share = 0.4
@@ -117,7 +136,7 @@ class RunConfig(BaseModel):
     """Weight of the batch-shaping loss at the start; 0 trains without it."""
     shaping_end: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of training after which the batch-shaping loss has faded out."""
-    prior: tuple[_Positive, _Positive] = (0.6, 0.4)
+    prior: tuple[_Concentration, _Concentration] = (0.6, 0.4)
     """The two concentrations of the Beta prior of each gate."""
     noise_end: Annotated[float, Field(gt=0, le=1)] | None = 0.7
     """Share of training after which the gates' noise has faded out; none keeps it."""
@@ -184,6 +203,19 @@ class RunConfig(BaseModel):
         """From YAML, where 32 is a number."""
         return str(value) if isinstance(value, int) else value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        """Where a number or a name belongs, for Python would take True for 1.
+
+        Stands last of those that come before, and so is asked first.
+        """
+        assert info.field_name is not None
+        wrong = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, bool)]
+        if wrong and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"must not be true or false, received {wrong[0]!r}")
+        return value
+
     @field_validator("network")
     @classmethod
     def _known_network(cls, name: str) -> str:
@@ -223,6 +255,9 @@ class RunConfig(BaseModel):
 def read_config(path: Path, **settings: Any) -> RunConfig:
     """A configuration from a YAML file.
 
+    Numbers are what YAML 1.2 and YAML 1.1 agree on: 010, 0x1F, 1_000 and 1:30 are refused, and 5e-4 is a
+    number. Anchors and tags are refused, and so is a setting that is given twice.
+
     Args:
         path: the file; settings that it does not have get their defaults.
         settings: replace those of the file.
@@ -230,16 +265,94 @@ def read_config(path: Path, **settings: Any) -> RunConfig:
     Raises:
         ValueError: in one line that names the file, if it cannot be read or holds what is no setting.
     """
+    return _config(path, _settings(path, _text(path)), settings)
+
+
+def read_whole_config(path: Path, **settings: Any) -> RunConfig:
+    """A configuration from a file that is whole, and as :func:`write_config` wrote it.
+
+    Args:
+        path: the file.
+        settings: replace those of the file.
+
+    Raises:
+        ValueError: in one line that names the file, if it cannot be read, was cut off or changed, or does not
+            have every setting.
+    """
+    text = _text(path)
+    mark = _MARK.match(text)
+    # Earlier versions wrote no mark, and what they wrote begins with a setting.
+    if text.startswith("#") and (mark is None or mark[1] != _checksum(text[mark.end() :])):
+        raise ValueError(
+            f"{path}: expected the settings as the run wrote them, but the file was cut off or changed; "
+            "what may change when a run goes on is given to --resume as an option"
+        )
+    content = _settings(path, text)
+    config = _config(path, content, settings)
+    # With a mark, what is not there is a setting that there was not when the file was written.
+    missing = [] if mark else [n for n in RunConfig.model_fields if n not in content and n not in _MARKED]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{path}: expected every setting of the run, received none of {', '.join(missing[:3])}{more}"
+        )
+    return config
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write every setting to a YAML file, from which :func:`read_config` makes the same configuration.
+
+    Its first line is a comment with a checksum of the others, from which :func:`read_whole_config` sees that
+    they are all there.
+
+    Raises:
+        OSError: if the file cannot be written; an earlier one is then as it was.
+    """
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    with replaced(path) as partial:
+        partial.write_bytes(f"# sha256 of the settings below: {_checksum(text)}\n{text}".encode())
+
+
+_MARK = re.compile(r"# sha256 of the settings below: ([0-9a-f]{64})\n")
+
+_MARKED = {"threads"}
+"""Settings that are in files with a mark only, since they came with it or later."""
+
+_LARGEST_FILE = 2**16
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(path: Path) -> str:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ValueError(f"{path}: expected settings in at most {_LARGEST_FILE} bytes, received more")
+        return content.decode()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected a YAML file, received something else") from None
+
+
+def _settings(path: Path, text: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(text, _Loader)
+    except _RefusedError as error:
+        raise ValueError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"{path}: expected a YAML file, received something else") from None
     if content is None:
-        content = {}
+        return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path}: expected settings as name: value, received a {type(content).__name__}")
+        raise ValueError(f"{path}: expected settings as name: value, received {quoted(content)}")
+    return content
+
+
+def _config(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> RunConfig:
     try:
         RunConfig(**content)
     except ValueError as error:
@@ -247,14 +360,72 @@ def read_config(path: Path, **settings: Any) -> RunConfig:
     return RunConfig(**{**content, **settings})
 
 
-def write_config(config: RunConfig, path: Path) -> None:
-    """Write every setting to a YAML file, from which :func:`read_config` makes the same configuration."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+class _RefusedError(yaml.YAMLError):  # type: ignore[misc]
+    """Says in one line what there is in a file that settings have no use for."""
+
+
+class _Ambiguous:
+    """A number that the versions of YAML read differently; the setting that gets it refuses it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return f"{self.text}, which is no plain decimal number"
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's core schema, of version 1.2, without what makes a short file large or ambiguous."""
+
+    yaml_implicit_resolvers: dict[str | None, Any] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if getattr(event, "anchor", None) is not None:
+            raise _RefusedError(f"expected settings without anchors, received one in line {line}")
+        if getattr(event, "tag", None) is not None:
+            raise _RefusedError(f"expected settings without tags, received one in line {line}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.value in names:
+                line = key.start_mark.line + 1
+                raise _RefusedError(
+                    f"expected each setting once, received {quoted(key.value)} again in line {line}"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes each text that the loader would take for something else."""
+
+    yaml_implicit_resolvers: dict[str | None, Any] = {}
+
+
+# The first that matches decides. A text that YAML 1.1 would read as a time or a date stays a text.
+_PLAIN = {
+    "tag:yaml.org,2002:null": "~|null|Null|NULL|",
+    "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
+    "tag:yaml.org,2002:int": "[-+]?(0|[1-9][0-9]{0,17})",
+    "!ambiguous": "[-+]?(0[0-9]+|[0-9]{19,}|0[box][0-9a-fA-F_]+|[0-9][0-9._]*_[0-9._]*([eE][-+]?[0-9]+)?)",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+for _tag, _pattern in _PLAIN.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
+_Loader.add_constructor("!ambiguous", lambda loader, node: _Ambiguous(node.value))
 
 
 def _known(name: str, names: tuple[str, ...]) -> str:
     if name not in names:
-        raise ValueError(f"must be one of {', '.join(names)}, received {name!r}")
+        raise ValueError(f"must be one of {', '.join(names)}, received {quoted(name)}")
     return name
 
 
@@ -263,8 +434,8 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return f"there is no setting {name!r}; there are {', '.join(RunConfig.model_fields)}"
+        return f"there is no setting {quoted(name)}; there are {', '.join(RunConfig.model_fields)}"
     if first["type"] == "value_error":
         return f"{name} {first['ctx']['error']}".strip()
     message = first["msg"]
-    return f"{name}: {message[0].lower()}{message[1:]}, received {first['input']!r}"
+    return f"{name}: {message[0].lower()}{message[1:]}, received {quoted(first['input'])}"
