@@ -17,15 +17,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import Any, SupportsIndex
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from batchshaping.cdf_beta import clip_density, to_front
-from batchshaping.checks import known_to_hold
+from batchshaping.checks import check_values, is_index, known_to_hold
 from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 from batchshaping.distributed import Collect, Columns, Deal, Group, resolve_group
 from batchshaping.memory import Memory
@@ -268,7 +267,7 @@ def _batch_shaping(
     check_parameters(prior)
     chosen = _statistic(statistic)
     reduce = _reduction(reduction)
-    _check_values(x)
+    check_values(x)
     dims = _canonical(dim, x.ndim)
     arrays = _samples_last(x, dims)
     shape = arrays.shape[:-1]
@@ -340,13 +339,6 @@ def _reduction(reduction: str) -> Callable[[Tensor], Tensor]:
     return _REDUCTIONS[reduction]
 
 
-def _check_values(x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, received a {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, received {x.dtype}")
-
-
 def _check_samples(
     samples: int, count: Tensor | None, dim: int | Sequence[int] | None, shape: torch.Size
 ) -> None:
@@ -391,9 +383,9 @@ def _check_broadcast(
 def _canonical(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """The sample dimensions, counted from the front and in order."""
     named: Iterable[Any] = () if dim is None else (dim,)
-    if isinstance(dim, Iterable) and not _is_index(dim):
+    if isinstance(dim, Iterable) and not is_index(dim):
         named = tuple(dim)
-    if not all(map(_is_index, named)):
+    if not all(map(is_index, named)):
         raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")
     dims = tuple(map(operator.index, named))
     if not dims:  # as in torch, none named means all
@@ -408,17 +400,6 @@ def _canonical(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     if len(found) != len(dims):
         raise ValueError(f"dim must name each dimension once, received {tuple(dims)}")
     return tuple(d for d in found if d < ndim)
-
-
-def _is_index(value: object) -> bool:
-    """Whether a value can count; True and False cannot, as in torch."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
-        return False
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -493,7 +474,7 @@ class BatchShapingLoss(PriorModule):
         _check_prior(prior)
         _statistic(statistic)
         _reduction(reduction)
-        if not _is_index(history):
+        if not is_index(history):
             raise TypeError(f"history must be a whole number of batches, received {history!r}")
         if history < 0:
             raise ValueError(f"history must be a number of batches, received {history}")
@@ -519,7 +500,7 @@ class BatchShapingLoss(PriorModule):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.prior}, dim={self.dim}, statistic={self.statistic!r}, ties={self.ties}, "
+            f"{self._shown()}, dim={self.dim}, statistic={self.statistic!r}, ties={self.ties}, "
             f"logits={self.logits}, reduction={self.reduction!r}"
         )
 
@@ -622,6 +603,7 @@ class GeneralizedBatchShapingLoss(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The total loss of x, over the values where the mask is True."""
+        check_values(x)
         left = tuple(s for d, s in enumerate(x.shape) if d not in _canonical(self.dim, x.ndim))
         if left != tuple(self.mean_logits.shape):
             raise ValueError(

@@ -1,11 +1,37 @@
-"""Reading a tensor's values to refuse bad ones, where that costs nothing."""
+"""Refusing bad input: by its kind always, and by its values where reading them costs nothing."""
 
 from __future__ import annotations
+
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["extent", "known_to_hold"]
+__all__ = ["check_values", "extent", "is_index", "known_to_hold"]
+
+
+def check_values(x: object) -> None:
+    """Refuse what is not a tensor of floating-point numbers.
+
+    Raises:
+        TypeError: with the type or dtype that was received.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, received a {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, received {x.dtype}")
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value counts as a whole number; True and False do not, as for torch."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def known_to_hold(condition: Tensor) -> bool:

@@ -51,6 +51,7 @@ class PriorModule(nn.Module):
     _ranges: dict[str, _Bounds]
     _foreign: dict[str, _Foreign]
     _names: list[str]
+    _started: list[str]
 
     def own(self, prior: Distribution) -> None:
         """Take a prior, whose tensors become those of this module."""
@@ -67,18 +68,17 @@ class PriorModule(nn.Module):
                 self._foreign[name] = _Foreign(tensor, name)
                 continue
             else:
-                copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-                self.register_buffer(name, copied)
+                self.register_buffer(name, _copy_of(tensor))
             self._names.append(name)
         learned = [name for name in self._names if name in self._parameters]
         for name in learned:
             bounds = inventory.bounds[name].without(learned[learned.index(name) :])
             if bounds.some:
                 self._ranges[name] = bounds
-        for name in learned:
-            if any(name in (n, *bounds.names) for n, bounds in self._ranges.items()):
-                start = inventory.tensors[name].detach().clone(memory_format=torch.contiguous_format)
-                self.register_buffer(f"{name}_start", start)
+        needed = {n for name, bounds in self._ranges.items() for n in (name, *bounds.names)}
+        self._started = [name for name in learned if name in needed]
+        for name in self._started:
+            self.register_buffer(f"{name}_start", _copy_of(inventory.tensors[name]))
 
     @property
     def prior(self) -> Distribution:
@@ -90,13 +90,20 @@ class PriorModule(nn.Module):
         for name, foreign in self._foreign.items():
             values[name] = foreign.current()
         if self._ranges:
-            starts = {n: getattr(self, f"{n}_start", value) for n, value in values.items()}
+            starts = {**values, **{name: getattr(self, f"{name}_start") for name in self._started}}
             for name, bounds in self._ranges.items():
                 if name in self._parameters:
                     ends, first_ends = bounds.at(values), bounds.at(starts)
                     values[name] = kept_inside(values[name], starts[name], ends, first_ends)
         made: Distribution = self._recipe.make(values)
         return made
+
+    def _shown(self) -> str:
+        prior = self.prior
+        try:
+            return repr(prior)
+        except RuntimeError:  # tensors without values, whose numbers torch would show
+            return f"{type(prior).__name__}()"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A state from before there were starts holds values of the prior itself.
@@ -109,6 +116,12 @@ class PriorModule(nn.Module):
                 )
                 state_dict[key] = value.detach().clone() if _is_inside(value, ends) else own
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    """A copy that autograd can save, whatever mode the module is made in."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 _Ends = tuple[Any, Any]
@@ -139,16 +152,16 @@ def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | N
         >>> kept_inside(value, torch.tensor(0.8), (0.0, torch.inf))
         tensor([0.8000, 0.1000, 0.0500, 0.0100])
     """
+    first_ends = first_ends or ends
+    if _known_to_be_far(value, start, ends, first_ends):
+        return value
     finfo = torch.finfo(value.dtype)
     kept = value
-    for sign, end, first_end in zip((1, -1), ends, first_ends or ends, strict=True):
+    for sign, end, first_end in zip((1, -1), ends, first_ends, strict=True):
         if not isinstance(end, Tensor) and math.isinf(end):
             continue
         knee = ((start - first_end) * (sign * _HELD_BACK)).clamp_min(finfo.smallest_normal**0.5)
         distance = (value - end) * sign
-        beyond = extent(distance.detach() - knee)
-        if beyond is not None and beyond[0] >= 0:
-            continue  # nothing is to be done, and the graph stays as small as it is
         near = distance < knee
         ratio = torch.where(near, distance / knee, 1.0).clamp_min(-1 / finfo.eps)
         last = end + sign * finfo.eps * abs(end)  # next to the end, which rounding could reach
@@ -156,6 +169,21 @@ def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | N
         held = held.clamp_min(last) if sign > 0 else held.clamp_max(last)
         kept = torch.where(near, held, kept)
     return kept
+
+
+def _known_to_be_far(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends) -> bool:
+    """Whether :func:`kept_inside` changes nothing, as the extremes tell; False where they do not."""
+    found = []
+    for values in (value, start, *ends, *first_ends):
+        extremes = extent(values) if isinstance(values, Tensor) else (values, values)
+        if extremes is None:
+            return False
+        found.append(extremes)
+    now, first, lower, upper, first_lower, first_upper = found
+    return (
+        now[0] - lower[1] >= (first[1] - first_lower[0]) * _HELD_BACK
+        and upper[0] - now[1] >= (first_upper[1] - first[0]) * _HELD_BACK
+    )
 
 
 def _is_inside(value: Tensor, ends: _Ends) -> bool:
@@ -368,7 +396,7 @@ def _(value: Distribution, path: _Path, inventory: _Inventory) -> Any:
     for name, part in parts.items():
         if isinstance(part, _Held):
             inventory.bounds[part.name] = _bounds_of(value, name, names)
-    return _Constructed(type(value), parts, {"_validate_args": value._validate_args})
+    return _Constructed(type(value), parts, {"_validate_args": vars(value).get("_validate_args", True)})
 
 
 # Factors and exponents, which would make a transform that has no inverse.

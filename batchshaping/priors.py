@@ -80,7 +80,11 @@ class ClosedFormPrior(td.Distribution):
         self._checked = validate_args is not False
         self._tensors = {name: self._as_tensor(name, value) for name, value in given.items()}
         try:
-            batch_shape = torch.broadcast_shapes(*(t.shape for t in self._tensors.values()))
+            all_shapes = [t.shape for t in self._tensors.values()]
+            batch_shape = max(all_shapes, key=len)
+            if any(shape and shape != batch_shape for shape in all_shapes):
+                # torch takes longer for this than for all the rest.
+                batch_shape = torch.broadcast_shapes(*all_shapes)
         except RuntimeError:
             shapes = ", ".join(f"{k} {tuple(t.shape)}" for k, t in self._tensors.items())
             raise ValueError(f"{type(self).__name__}: parameters must broadcast, received {shapes}") from None
@@ -198,6 +202,8 @@ class _LogTails(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor, prior: type[ClosedFormPrior], *parameters: Tensor) -> tuple[Tensor, ...]:
+        # A prepared CDF writes over what has the shape of its values.
+        value = value.expand(torch.broadcast_shapes(value.shape, *(p.shape for p in parameters)))
         at = prior.prepare(parameters, value.dtype, gradients=True, tails=True).logs(value)
         cdf_by, sf_by = zip(*at.parameters, strict=True)
         return at.log_cdf, at.log_sf, at.by_x(at.cdf_by_x), *cdf_by, at.by_x(at.sf_by_x), *sf_by
@@ -236,7 +242,8 @@ def check_parameters(prior: td.Distribution) -> None:
     """
     if isinstance(prior, ClosedFormPrior):
         prior.check()
-    elif prior._validate_args:
+    # Not by the default of torch, which a compiler turns off for the whole process.
+    elif not torch.compiler.is_compiling() and vars(prior).get("_validate_args", True):
         for name, constraint in prior.arg_constraints.items():
             tensor = vars(prior).get(name)
             if tensor is None and type(getattr(type(prior), name, None)) is property:

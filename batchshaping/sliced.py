@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from batchshaping.batch_shaping_loss import BatchShapingLoss
+from batchshaping.checks import check_values, is_index
 from batchshaping.distributed import Group
 from batchshaping.priors import Normal
 from batchshaping.statistics import Statistic
@@ -62,6 +63,8 @@ class SlicedBatchShapingLoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
+        if not is_index(slices):
+            raise TypeError(f"slices must be a whole number, received {slices!r}")
         if slices < 1:
             raise ValueError(f"slices must be at least 1, received {slices}")
         self.slices, self.seed = slices, seed
@@ -73,13 +76,14 @@ class SlicedBatchShapingLoss(nn.Module):
         """The unit vectors of the next pass, of shape (dimensions, slices), on the CPU in float32."""
         # Mixed well, since torch's generator on the CPU reads 32 bits of its seed.
         (state,) = np.random.SeedSequence((self.seed, int(self.step))).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state))
-        directions = torch.randn(dimensions, self.slices, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(int(state))
+        directions = torch.randn(dimensions, self.slices, generator=generator, device="cpu")
         norms: Tensor = torch.linalg.vector_norm(directions, dim=0)
         return directions / norms
 
     def forward(self, x: Tensor) -> Tensor:
         """The loss of an embedding of shape (..., D), of which all dimensions but the last hold samples."""
+        check_values(x)
         if x.ndim < 2:
             raise ValueError(
                 f"x must have shape (..., D) with samples before the last, received {tuple(x.shape)}"
