@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +15,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint, write_checkpoint
+from batchshaping.training.checkpoints import (
+    SafeCheckpoints,
+    read_checkpoint,
+    read_tensors,
+    write_checkpoint,
+    write_tensors,
+)
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64),
@@ -250,6 +258,100 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "missing")
     refused(tmp_path)
     refused(tmp_path / "missing" / "x")
+
+
+# What has changed
+
+
+def changed_bits(path: Path) -> Iterator[None]:
+    """The file with one bit changed, and then with another."""
+    whole = path.read_bytes()
+    # All bits in turn would take long; this step comes to each place in a byte.
+    for position in range(0, 8 * len(whole), 5):
+        changed = bytearray(whole)
+        changed[position // 8] ^= 1 << position % 8
+        path.write_bytes(changed)
+        yield
+
+
+def test_a_bit_that_changes_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    tree = {"epoch": 3, "é": [0.5, None], "state": {0: torch.arange(5), 1: torch.ones(2, 2)}}
+    write_checkpoint(tree, path)
+    for _ in changed_bits(path):
+        refused(path)
+
+
+def test_a_bit_that_changes_in_the_weights_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_tensors({"a": torch.arange(5), "b": torch.zeros(3, dtype=torch.bfloat16)}, path)
+    for _ in changed_bits(path):
+        with pytest.raises(ValueError, match="expected"):
+            read_tensors(path)
+
+
+named = st.dictionaries(text.filter(lambda name: name not in ("", "__metadata__")), tensors())
+
+
+@given(tensors=named, note=text)
+def test_weights_come_back_and_are_plain_for_others(
+    tensors: dict[str, Tensor], note: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "weights"
+    tensors = {name: tensor.contiguous().clone() for name, tensor in sorted(tensors.items())}
+    write_tensors(tensors, path, note)
+    found, received = read_tensors(path)
+    assert received == note
+    for each in (found, load_file(path)):
+        assert same({name: each[name] for name in tensors}, tensors) and each.keys() == tensors.keys()
+    before = path.read_bytes()
+    write_tensors(tensors, path, note)
+    assert path.read_bytes() == before
+
+
+def test_each_thing_that_changes_is_noticed(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.zeros(3)}
+    write_tensors(tensors, path, "text")
+    with safe_open(path, framework="pt") as file:
+        marked = file.metadata()
+    save_file(tensors, path, metadata=marked)
+    read_tensors(path)
+    other: list[dict[str, Tensor]] = [
+        {"a": tensors["a"]},
+        {**tensors, "c": torch.zeros(1)},
+        {"a": tensors["a"], "c": tensors["b"]},
+        {**tensors, "a": torch.ones(3, 2)},
+        {**tensors, "b": torch.zeros(3, dtype=torch.int32)},
+        {**tensors, "b": -torch.zeros(3)},
+    ]
+    for each in other:
+        save_file(each, path, metadata=marked)
+        with pytest.raises(ValueError, match="expected the checksum"):
+            read_tensors(path)
+    for wrong in ("texts", "", "other"):
+        save_file(tensors, path, metadata={"sha256": marked["sha256"].replace("text", wrong)})
+        with pytest.raises(ValueError, match="expected the checksum"):
+            read_tensors(path)
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    path, weight = tmp_path / "x", torch.ones(2)
+    save_file({"weight": weight}, path, metadata={"checkpoint": '{"a": {"$tensor": "weight"}}'})
+    assert same(read_checkpoint(path), {"a": weight})
+    save_file({"weight": weight}, path)
+    assert same(read_tensors(path)[0], {"weight": weight})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        *({"checkpoint": "{}", "sha256": "0" * 64}, {"checkpoint": "{}", "format": "pt"}, {"sha257": "{}"}),
+        *({"sha256": "{}"}, {"sha256": ""}, {"sha256": "0" * 64 + " {}"}, {"Checkpoint": "{}"}),
+    ],
+)
+def test_a_checksum_that_is_wrong_does_not_pass_for_none(metadata: dict[str, str], tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "x", metadata=metadata)
+    refused(tmp_path / "x")
 
 
 # Interruptions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from batchshaping.training.checkpoints import read_checkpoint
-from batchshaping.training.config import RunConfig
+from batchshaping.files import only_writer
+from batchshaping.training.checkpoints import read_checkpoint, write_checkpoint
+from batchshaping.training.config import MAY_CHANGE, RunConfig
 from batchshaping.training.run import RunError, evaluate_run, read_result, resume, train
 
 # Long enough to be interrupted in the middle: about a sixth of a second an epoch.
@@ -76,6 +79,7 @@ def test_a_run_leaves_its_files_and_its_result(undisturbed: Path) -> None:
     assert {path.name for path in undisturbed.iterdir()} == FILES
     result = json.loads((undisturbed / "result.json").read_text())
     assert RunConfig(**result["config"]) == CONFIG
+    assert result.keys() == {*read_result(undisturbed), "sha256"}
     assert yaml.safe_load((undisturbed / "config.yaml").read_text()) == result["config"]
     assert json.loads((undisturbed / "history.json").read_text()) == result["history"]
     assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, 17))
@@ -107,15 +111,16 @@ def test_a_seed_decides_everything(tmp_path: Path) -> None:
 # Interruptions
 
 
+def options(config: RunConfig, **settings: Any) -> list[str]:
+    """A configuration on the command line."""
+    given = {**config.model_dump(mode="json", exclude_defaults=True), **settings}
+    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def interrupt_with(which: signal.Signals, folder: Path) -> tuple[int, str]:
     """Send a signal to the command in the middle of its training: its exit code and the end of its stderr."""
-    settings = [
-        text
-        for name, value in CONFIG.model_dump(mode="json", exclude_defaults=True).items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
     process = subprocess.Popen(
-        [COMMAND, "train", *settings, "--output", str(folder)],
+        [COMMAND, "train", *options(CONFIG), "--output", str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -241,10 +246,226 @@ def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
     assert refused(read_result, tmp_path).startswith(f"{tmp_path}/result.json: expected the result of a run")
 
 
-def test_a_configuration_that_was_harmed_is_refused_with_its_name(finished: Path) -> None:
-    (finished / "config.yaml").write_text("network: resnet9\n")
-    with pytest.raises(ValueError, match=r"config\.yaml: network must be one of .* 'resnet9'$"):
-        resume(finished)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("network: resnet9\n", r"network must be one of .* 'resnet9'$"),
+        (
+            "network: resnet8\n",
+            r"expected every setting of the run, received none of width, stem_stride, .*$",
+        ),
+        ("", r"expected every setting of the run, received none of network, width, .*$"),
+        ("# sha256 of the settings below: ", r"expected the settings as the run wrote them, .*$"),
+        ("\0" * 900, r"expected a YAML file, received something else$"),
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_a_configuration_that_was_harmed_is_refused_with_its_name(
+    text: str, message: str, finished: Path
+) -> None:
+    (finished / "result.json").unlink()
+    (finished / "config.yaml").write_text(text)
+    before = content(finished)
+    for action in (resume, evaluate_run):
+        with pytest.raises(ValueError, match=rf"\A[^\n]*config\.yaml: {message}"):
+            action(finished)
+    assert content(finished) == before
+
+
+# Changed bits
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.yaml", "model.safetensors"])
+def test_a_bit_that_changes_never_gives_another_result(name: str, begun: Path, tmp_path: Path) -> None:
+    bits = random.Random(name).sample(range(8 * (begun / name).stat().st_size), 12)
+    for bit in bits:
+        run = tmp_path / f"run{bit}"
+        shutil.copytree(begun, run)
+        changed = bytearray((run / name).read_bytes())
+        changed[bit // 8] ^= 1 << bit % 8
+        (run / name).write_bytes(changed)
+        before = content(run)
+        action = evaluate_run if name == "model.safetensors" else resume
+        with pytest.raises((RunError, ValueError), match=r"\A[^\n]*\Z") as error:
+            action(run)
+        assert str(error.value).startswith(str(run / name))
+        assert content(run) == before
+
+
+def test_a_bit_that_changes_in_a_result_is_refused_or_changes_nothing(finished: Path) -> None:
+    path, result = finished / "result.json", read_result(finished)
+    whole = path.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(whole)), 500):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            found = facts(read_result(path))
+        except RunError:
+            continue
+        # A bit of the name of the checksum, or of how long it took.
+        assert {**found, **facts(result)} == found
+
+
+# The state of a checkpoint
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after the first of its two epochs, with the weights that it had then."""
+    folder = tmp_path_factory.mktemp("runs") / "begun"
+
+    def write_and_stop(*arguments: Any) -> NoReturn:
+        write_checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("batchshaping.training.checkpoints.write_checkpoint", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(SHORT, folder)
+    other = folder.with_name("other")
+    train(ONCE, other)
+    shutil.copy(other / "model.safetensors", folder)
+    assert read_checkpoint(folder / "checkpoint.safetensors")["epoch"] == 0
+    return folder
+
+
+DELETED = [
+    *[(part,) for part in ("state_dict", "loops", "optimizer_states", "lr_schedulers", "history", "config")],
+    *[(part,) for part in ("epoch", "global_step", "callbacks")],
+    ("state_dict", "network.conv1.weight"),
+    ("loops", "fit_loop"),
+    ("loops", "fit_loop", "epoch_progress"),
+    ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress"),
+    ("optimizer_states", 0),
+    ("optimizer_states", 0, "state"),
+    ("optimizer_states", 0, "state", 3),
+    ("optimizer_states", 0, "state", 3, "momentum_buffer"),
+    ("optimizer_states", 0, "param_groups"),
+    ("optimizer_states", 0, "param_groups", 1),
+    ("optimizer_states", 0, "param_groups", 0, "params"),
+    ("optimizer_states", 0, "param_groups", 0, "params", 2),
+    ("optimizer_states", 0, "param_groups", 0, "lr"),
+    ("optimizer_states", 0, "param_groups", 0, "nesterov"),
+    ("lr_schedulers", 0),
+    ("lr_schedulers", 0, "last_epoch"),
+    ("history", 0),
+]
+REPLACED: list[tuple[tuple[Any, ...], Any]] = [
+    (("state_dict", "network.conv1.weight"), torch.zeros(1)),
+    (("state_dict", "network.conv1.weight"), 3),
+    (("optimizer_states", 0, "state", 0, "momentum_buffer"), torch.zeros(1)),
+    (("optimizer_states", 0, "state", 0, "momentum_buffer"), None),
+    (("optimizer_states", 0, "state"), {}),
+    (("optimizer_states",), []),
+    (("optimizer_states",), 3),
+    (("lr_schedulers",), [3]),
+    (("loops",), {}),
+    (("history",), [3]),
+    (("history",), {}),
+    (("config",), []),
+    (("epoch",), 5),
+    (("epoch",), "0"),
+    (("global_step",), 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [*[(path, None) for path in DELETED], *REPLACED],
+    ids=lambda each: ".".join(map(str, each)) if isinstance(each, tuple) else "",
+)
+def test_a_checkpoint_without_a_part_or_with_another_is_refused_in_a_line(
+    path: tuple[Any, ...], value: Any, begun: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    checkpoint = within = read_checkpoint(run / "checkpoint.safetensors")
+    for key in path[:-1]:
+        within = within[key]
+    if (path, value) in [*REPLACED]:
+        within[path[-1]] = value
+    else:
+        del within[path[-1]]
+    write_checkpoint(checkpoint, run / "checkpoint.safetensors")
+    before = content(run)
+    line = refused(resume, run)
+    assert line.startswith(f"{run / 'checkpoint.safetensors'}: expected the state of this run, received ")
+    assert content(run) == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(begun: Path, tmp_path: Path) -> None:
+    expected = facts(train(SHORT, tmp_path / "whole"))
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    (run / "config.yaml").write_text("".join(lines[1:]))
+    path = run / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = {"checkpoint": file.metadata()["sha256"].partition(" ")[2]}
+    save_file(load_file(path), path, metadata=metadata)
+    save_file(load_file(run / "model.safetensors"), run / "model.safetensors")
+    figures = evaluate_run(run)
+    assert facts(resume(run)) == expected != figures
+    result = json.loads((run / "result.json").read_text())
+    del result["sha256"]
+    (run / "result.json").write_text(json.dumps(result))
+    assert facts(read_result(run)) == expected
+
+
+# Two at once
+
+
+def test_of_two_that_train_in_one_folder_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    commands = [
+        subprocess.Popen(
+            [COMMAND, "train", *options(ONCE, seed=seed), "--output", str(run)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for seed in (1, 2, 3)
+    ]
+    said = [command.communicate(timeout=120) for command in commands]
+    codes = [command.returncode for command in commands]
+    assert sorted(codes) == [0, 2, 2], said
+    seed = 1 + codes.index(0)
+    for code, (_, stderr) in zip(codes, said, strict=True):
+        if code:
+            assert stderr.count("\n") == 1
+            assert "another process is writing to this run" in stderr or "already holds a run" in stderr
+    assert facts(read_result(run)) == facts(train(ONCE.model_copy(update={"seed": seed}), tmp_path / "alone"))
+    assert {path.name for path in run.iterdir()} == FILES
+
+
+def test_a_run_that_another_process_writes_to_is_left_alone(begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    before = content(run)
+    with only_writer(run):
+        for action in (resume, lambda folder: train(SHORT, folder)):
+            assert refused(action, run).startswith(f"{run}: another process is writing to this run; ")
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["result.json", "checkpoint.safetensors", "model.safetensors", "history.json"]
+)
+def test_a_folder_that_holds_what_a_run_would_write_is_not_trained_into(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "nothing")
+    assert refused(train, ONCE, tmp_path) == f"{tmp_path} already holds {name}; choose another folder"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_that_was_killed_before_it_began_can_begin_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".0123456789abcdef.partial").write_text("half")
+    assert refused(resume, run).startswith(f"{run}: expected the folder of a run")
+    train(ONCE, run)
+    assert {path.name for path in run.iterdir()} == FILES
 
 
 # Files are read, not run
@@ -305,14 +526,23 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     train(ONCE, run)
     path = run / "config.yaml"
     kept = path.read_text()
-    path.write_text(kept.replace("epochs: 1", "epochs: 2"))
-    with pytest.raises(RunError, match=r"config\.yaml: epochs must be what the run began with"):
-        resume(run)
+    for settings in (kept, kept.partition("\n")[2]):  # with its checksum, and without it as it once was
+        path.write_text(settings.replace("epochs: 1", "epochs: 2"))
+        with pytest.raises(
+            (RunError, ValueError), match=r"config\.yaml: (epochs must be|expected the settings)"
+        ):
+            resume(run)
+        path.write_text(settings)
+    for changes in ({"epochs": 2}, {"seed": 1, "workers": 1}):
+        assert "config.yaml: " in refused(resume, run, **changes)
     (run / "result.json").unlink()
-    with pytest.raises(RunError, match=r"config\.yaml: epochs must be what the run began with"):
-        resume(run)
-    path.write_text(kept.replace("logger: csv", "logger: none"))
-    assert resume(run)["config"]["logger"] == "none"
+    path.write_text(kept.partition("\n")[2].replace("epochs: 1", "epochs: 2"))
+    assert "config.yaml: epochs must be what the run began with" in refused(resume, run)
+    path.write_text(kept)
+    assert {"logger", "workers", "log_every"} <= MAY_CHANGE
+    config = resume(run, logger="none", workers="1", log_every=2)["config"]
+    assert config == {**ONCE.model_dump(mode="json"), "logger": "none", "workers": 1, "log_every": 2}
+    assert path.read_text() == kept
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_line(tmp_path: Path) -> None:
@@ -322,11 +552,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_line(tmp_path: Path) -> N
 
 
 def test_a_disk_that_is_full_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        # A run has begun with its configuration.
+        if (run / "config.yaml").exists() or whole:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match="run: No space left on device; the run can be resumed"):
-        train(ONCE, tmp_path / "run")
+    whole = True
+    assert refused(train, ONCE, run) == f"{run}: No space left on device, expected a folder to write to"
+    assert content(run) == {}
+    whole = False
+    assert refused(train, ONCE, run) == f"{run}: No space left on device; the run can be resumed"
     monkeypatch.undo()
-    assert resume(tmp_path / "run")["accuracy"] > 0
+    assert resume(run)["accuracy"] > 0

@@ -1,11 +1,13 @@
 """Checkpoints as safetensors: tensors, and everything else as JSON in the header. Nothing is unpickled.
 
 A checkpoint is what Lightning gives: nested dictionaries and lists of tensors, numbers and text. It is one
-file, which replaces an earlier one as a whole: an interruption leaves the old or the new.
+file, which replaces an earlier one as a whole: an interruption leaves the old or the new. A checksum over all
+that is in it is checked before any of it is used, so that a changed bit is an error and not another result.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,11 +20,79 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from batchshaping.files import replaced
+from batchshaping.files import quoted, replaced
 
-__all__ = ["SafeCheckpoints", "read_checkpoint", "write_checkpoint"]
+__all__ = ["SafeCheckpoints", "read_checkpoint", "read_tensors", "write_checkpoint", "write_tensors"]
 
 _TENSOR, _PAIRS = "$tensor", "$pairs"
+_CHECKSUM = "sha256"
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, text: str = "") -> None:
+    """Write tensors, and a text if need be, to a safetensors file with a checksum, as a whole or not at all.
+
+    The checksum is the SHA-256 of the text and of the name, type, shape and bytes of each tensor. For other
+    software the file is a plain safetensors file. Equal tensors and texts give equal files.
+
+    Args:
+        tensors: what to write, by name; contiguous, and none of them in the memory of another.
+        path: the file; an earlier one is replaced.
+        text: for the header.
+
+    Raises:
+        OSError: if the file cannot be written; an earlier one is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> write_tensors({"weight": torch.ones(2)}, path, "trained")
+        >>> read_tensors(path)
+        ({'weight': tensor([1., 1.])}, 'trained')
+    """
+    # One entry, since safetensors writes several of them in an order that changes.
+    metadata = {_CHECKSUM: f"{_checksum(tensors, text)} {text}"}
+    with replaced(path) as partial:
+        partial.write_bytes(save(dict(tensors), metadata=metadata))
+
+
+def read_tensors(path: Path, earlier: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Read what :func:`write_tensors` wrote: the tensors, on the CPU, and the text.
+
+    Args:
+        path: the file.
+        earlier: how earlier versions, which wrote no checksum, named the text in the header; None where there
+            was none. A file of theirs is read as it is.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is no safetensors file, or was changed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a safetensors file: {error}") from None
+    # Nothing but these names: a changed bit in the name of the checksum makes no file of an earlier version.
+    if [*metadata] == ([] if earlier is None else [earlier]):
+        return tensors, "".join(metadata.values())
+    if [*metadata] != [_CHECKSUM]:
+        raise ValueError(f"expected a checksum in the header, received {quoted([*metadata])}")
+    expected, _, text = metadata[_CHECKSUM].partition(" ")
+    received = _checksum(tensors, text)
+    if received != expected:
+        raise ValueError(f"expected the checksum {quoted(expected)}, received {received}")
+    return tensors, text
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(json.dumps(text).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
+        # A contiguous tensor of one value or none may have any strides, which no view as bytes takes.
+        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -44,8 +114,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _without_tensors(checkpoint, "", tensors)
-    with replaced(path) as partial:
-        partial.write_bytes(save(tensors, metadata={"checkpoint": json.dumps(tree)}))
+    write_tensors(tensors, path, json.dumps(tree))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -58,16 +127,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: in one line that names the file, if it cannot be read or is no such checkpoint.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tree = json.loads(file.metadata()["checkpoint"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        checkpoint = _with_tensors(tree, tensors)
+        tensors, text = read_tensors(path, earlier="checkpoint")
+        checkpoint = _with_tensors(json.loads(text), tensors)
         assert isinstance(checkpoint, dict)
         return checkpoint
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
-        raise ValueError(f"{path}: expected a checkpoint of batchshaping, received something else") from None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        raise ValueError(
+            f"{path}: expected a checkpoint of batchshaping, whole and unchanged, received something else"
+        ) from None
 
 
 class SafeCheckpoints(CheckpointIO):

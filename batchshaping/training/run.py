@@ -10,17 +10,23 @@ A folder holds
 ``result.json``            everything that the report shows
 ``logs``                   losses and accuracies step by step
 ========================== ==========================================================================
+
+Each file is written as a whole or not at all, and by one process at a time. Configuration, checkpoint,
+weights and result have a checksum: a file that was cut off or changed is refused, and never gives another
+result. Those of earlier versions have none, and are read as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import platform
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +37,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 import batchshaping
-from batchshaping.files import replaced
-from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint
-from batchshaping.training.config import RunConfig, read_config, write_config
+from batchshaping.files import created, only_writer, replaced
+from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint, read_tensors, write_tensors
+from batchshaping.training.config import MAY_CHANGE, RunConfig, read_whole_config, write_config
 from batchshaping.training.data import Data, load_data
 from batchshaping.training.evaluation import evaluate
 from batchshaping.training.module import DataModule, GatedClassifier, make_network
@@ -68,49 +72,43 @@ def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[st
         The result, as ``result.json`` holds it. Ranks other than the first get an empty one.
 
     Raises:
-        RunError: if the folder holds a run already.
+        RunError: if the folder holds a run already, or another process is writing to it.
         DataError: if the data is not what it should be.
         ValueError: if the budget cannot be reached, or the machine has no such devices.
     """
     module, trainer = _module(config), _trainer(config, output, progress)
-    if _is_first_rank():
-        if (output / CONFIG).exists():
-            raise RunError(f"{output} already holds a run; resume it, or choose another folder")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            write_config(_from_anywhere(config), output / CONFIG)
-        except OSError as error:
-            raise RunError(f"{output}: {error.strerror or error}, expected a folder to write to") from None
-    return _fit(trainer, module, output, None)
+    with _held(output):
+        _begin(config, output)
+        return _fit(trainer, module, output, None)
 
 
-def resume(output: Path, *, progress: bool = False) -> dict[str, Any]:
+def resume(output: Path, *, progress: bool = False, **settings: Any) -> dict[str, Any]:
     """Go on with a run that was interrupted, to the result it would have had.
 
     Args:
         output: the folder of the run.
         progress: whether to show how far the training is.
+        settings: replace those of the run; those in :data:`~batchshaping.training.config.MAY_CHANGE` only.
 
     Returns:
         The result, as ``result.json`` holds it; at once if the run is finished.
 
     Raises:
-        RunError: if the folder holds no run, or a checkpoint that cannot be read, or settings that are not
-            those that the run began with. Those of the machine and the log may change.
+        RunError: if the folder holds no run, or a file that was cut off or changed, or the state of another
+            run; or if another process is writing to it; or if other settings are given.
+        ValueError: if ``config.yaml`` was cut off or changed, or does not have every setting.
     """
-    config = _config(output)
+    config = _config(output, **settings)
+    _refuse_changes(config, _config(output).model_dump(mode="json"), output)
     if (output / RESULT).exists():
         result = read_result(output)
         _refuse_changes(config, result["config"], output)
         return result
-    checkpoint = output / CHECKPOINT
-    if checkpoint.exists():
-        try:
-            _refuse_changes(config, read_checkpoint(checkpoint).get("config", {}), output)
-        except ValueError as error:
-            raise RunError(error) from None
-    last = checkpoint if checkpoint.exists() else None
-    return _fit(_trainer(config, output, progress), _module(config), output, last)
+    with _held(output):
+        restored = _Restored(output / CHECKPOINT) if (output / CHECKPOINT).exists() else None
+        if restored is not None:
+            _refuse_changes(config, restored.config, output)
+        return _fit(_trainer(config, output, progress), _module(config), output, restored)
 
 
 def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
@@ -146,10 +144,11 @@ def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
     network = make_network(config, len(data.classes), data.shape[0])
     path = output / MODEL
     try:
-        network.load_state_dict(load_file(path))
+        weights, _ = read_tensors(path)
+        network.load_state_dict(weights)
     except FileNotFoundError:
         raise RunError(f"{path}: no such file; the run is not finished") from None
-    except (SafetensorError, RuntimeError, OSError):
+    except (RuntimeError, OSError, ValueError):
         raise RunError(f"{path}: expected weights of the network in {CONFIG}, received others") from None
     return network.eval(), data
 
@@ -165,14 +164,36 @@ def read_result(output: Path) -> dict[str, Any]:
     """
     path = output / RESULT if output.is_dir() else output
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_RESULT + 1)
+        if len(text) > _LARGEST_RESULT:
+            raise RunError(f"{path}: expected a result of at most {_LARGEST_RESULT} bytes, received more")
+        # An integer that no float reaches is infinite, as other numbers of its size are.
+        result: dict[str, Any] = json.loads(
+            text.decode(), parse_int=lambda n: int(n) if len(n) < 100 else float(n)
+        )
+        whole = isinstance(result, dict) and {"accuracy", "config", "cost", "history"} <= result.keys()
+        if not (whole and isinstance(result["config"], dict)):
+            raise ValueError
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from None
-    except ValueError:
-        result = None
-    if not isinstance(result, dict) or not {"accuracy", "config", "cost", "history"} <= result.keys():
-        raise RunError(f"{path}: expected the result of a run, received something else")
+    except (ValueError, RecursionError):
+        raise RunError(f"{path}: expected the result of a run, received something else") from None
+    if result.pop(_CHECKSUM, None) not in (None, _checksum(result)):
+        raise RunError(f"{path}: expected the result that the run wrote, received another: it was changed")
     return result
+
+
+# More than that of a thousand classes and ten thousand gates.
+_LARGEST_RESULT = 2**27
+
+_CHECKSUM = "sha256"
+
+
+def _checksum(result: dict[str, Any]) -> str:
+    """Of all but how long it took, so that the same training gives the same."""
+    facts = {name: value for name, value in result.items() if name != "seconds"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
@@ -181,16 +202,50 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
     return config if folder is None else config.model_copy(update={"data_folder": folder.resolve()})
 
 
-_MAY_CHANGE = {"accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "workers"}
-
-
 def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path) -> None:
     settings = config.model_dump(mode="json")
-    changed = [n for n, v in settings.items() if n not in _MAY_CHANGE and began_with.get(n) != v]
+    # What the run did not begin with is a setting that there was not when it did.
+    changed = [n for n, v in settings.items() if n not in MAY_CHANGE and began_with.get(n, v) != v]
     if changed:
         raise RunError(
             f"{output / CONFIG}: {', '.join(changed)} must be what the run began with, received others"
         )
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Let no other run write to a folder, which is made if need be; the first process holds it for all."""
+    with ExitStack() as stack:
+        if _is_first_rank():
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(output))
+            except BlockingIOError:
+                raise RunError(
+                    f"{output}: another process is writing to this run; wait for it, or choose another folder"
+                ) from None
+            except OSError as error:
+                raise RunError(
+                    f"{output}: {error.strerror or error}, expected a folder to write to"
+                ) from None
+        yield
+
+
+def _begin(config: RunConfig, output: Path) -> None:
+    """Make a folder that of a run; the first process does so for all."""
+    if not _is_first_rank():
+        return
+    present = [n for n in (CONFIG, HISTORY, CHECKPOINT, MODEL, RESULT) if os.path.lexists(output / n)]
+    if present and CONFIG not in present:
+        raise RunError(f"{output} already holds {', '.join(present)}; choose another folder")
+    try:
+        # Whoever makes this file has the folder, and whoever sees it sees all of it.
+        with created(output / CONFIG) as partial:
+            write_config(_from_anywhere(config), partial)
+    except FileExistsError:
+        raise RunError(f"{output} already holds a run; resume it, or choose another folder") from None
+    except OSError as error:
+        raise RunError(f"{output}: {error.strerror or error}, expected a folder to write to") from None
 
 
 def _is_first_rank() -> bool:
@@ -201,7 +256,7 @@ def _is_first_rank() -> bool:
 def _config(output: Path, **settings: Any) -> RunConfig:
     if not (output / CONFIG).exists():
         raise RunError(f"{output}: expected the folder of a run, with {CONFIG} in it")
-    return read_config(output / CONFIG, **settings)
+    return read_whole_config(output / CONFIG, **settings)
 
 
 def _module(config: RunConfig) -> GatedClassifier:
@@ -242,13 +297,14 @@ def _trainer(config: RunConfig, output: Path, progress: bool) -> pl.Trainer:
 
 
 def _fit(
-    trainer: pl.Trainer, module: GatedClassifier, output: Path, checkpoint: Path | None
+    trainer: pl.Trainer, module: GatedClassifier, output: Path, restored: _Restored | None
 ) -> dict[str, Any]:
     started = time.monotonic()
     config = module.config
-    with _quiet(), _written_to(output):
+    with _quiet(), _written_to(output), restored.into(trainer) if restored else nullcontext():
         try:
-            trainer.fit(module, DataModule(config, module.data), ckpt_path=checkpoint)
+            path = restored.path if restored else None
+            trainer.fit(module, DataModule(config, module.data), ckpt_path=path)
         except SystemExit:  # how Lightning ends a training that was interrupted
             if not trainer.interrupted:
                 raise
@@ -272,8 +328,9 @@ def _fit(
         "history": module.history,
     }
     with _written_to(output):
-        _write_weights(network, output / MODEL)
-        _write_json(result, output / RESULT)
+        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        write_tensors(weights, output / MODEL)
+        _write_json({**result, _CHECKSUM: _checksum(result)}, output / RESULT)
     return result
 
 
@@ -320,16 +377,110 @@ class _WriteHistory(Callback):
         _write_json(module.history, self.path)
 
 
+class _Restored(Callback):
+    """A checkpoint to go on from, whose state is seen to be whole before the first step.
+
+    Lightning takes parts that are missing for new ones, and an optimizer takes state of any shape.
+
+    Args:
+        path: the checkpoint.
+
+    Attributes:
+        config: the settings that the run began with.
+
+    Raises:
+        RunError: if it cannot be read, or a part is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._started = False
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError as error:
+            raise RunError(error) from None
+        missing = [part for part in self._PARTS if not isinstance(checkpoint.get(part), self._PARTS[part])]
+        if missing:
+            raise self._error(f"one without {', '.join(missing)}")
+        self.config: dict[str, Any] = checkpoint["config"]
+        self._epochs: int = checkpoint["epoch"] + 1
+        self._steps: int = checkpoint["global_step"]
+        self._history: list[Any] = checkpoint["history"]
+        self._names: list[str] = list(checkpoint)
+
+    _PARTS = {
+        "callbacks": dict,
+        "config": dict,
+        "epoch": int,
+        "global_step": int,
+        "history": list,
+        "loops": dict,
+        "lr_schedulers": list,
+        "optimizer_states": list,
+        "state_dict": dict,
+    }
+
+    def _error(self, received: str) -> RunError:
+        return RunError(f"{self.path}: expected the state of this run, received {received}")
+
+    @contextmanager
+    def into(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Say in one line what keeps Lightning from going on from the checkpoint."""
+        trainer.callbacks.append(self)  # type: ignore[attr-defined]
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+            MisconfigurationException,
+        ):
+            if self._started:
+                raise
+            raise self._error("another") from None
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        plugin = trainer.precision_plugin
+        if plugin.state_dict() and type(plugin).__qualname__ not in self._names:
+            raise self._error(f"one without {type(plugin).__qualname__}")
+        every = trainer.check_val_every_n_epoch
+        assert every is not None
+        if [epoch["epoch"] for epoch in self._history] != [*range(every, self._epochs + 1, every)]:
+            raise self._error("the history of other epochs")
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Lightning has made the optimizers and not restored them yet.
+        self._settings = _constants(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        steps = [trainer.global_step, *(each.scheduler.last_epoch for each in trainer.lr_scheduler_configs)]
+        if trainer.current_epoch != self._epochs or set(steps) != {self._steps}:
+            raise self._error("that of another step")
+        if _constants(trainer) != self._settings:
+            raise self._error("other settings of the optimizer")
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                # A step is skipped where gradients overflow in half precision.
+                if group["momentum"] and trainer.precision != "16-mixed":
+                    shapes = [_shape(optimizer.state[p].get("momentum_buffer")) for p in group["params"]]
+                    if shapes != [p.shape for p in group["params"]]:
+                        raise self._error("momenta of other shapes")
+        self._started = True
+
+
+def _constants(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """Of each group of parameters, what training does not change."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [{**group, "params": len(group["params"]), "lr": "lr" in group} for group in groups]
+
+
+def _shape(value: object) -> torch.Size | None:
+    return value.shape if isinstance(value, torch.Tensor) else None
+
+
 def _write_json(content: Any, path: Path) -> None:
     with replaced(path) as partial:
         partial.write_text(json.dumps(content), encoding="utf-8")
-
-
-def _write_weights(network: nn.Module, path: Path) -> None:
-    with replaced(path) as partial:
-        partial.write_bytes(
-            save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
-        )
 
 
 @contextmanager
