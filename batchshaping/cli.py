@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 import batchshaping as bs
-from batchshaping.files import replaced
+from batchshaping.files import created, quoted, replaced
 from batchshaping.priors import ClosedFormPrior
 from batchshaping.statistics import STATISTICS
 from batchshaping.values import read_values, write_values
@@ -43,9 +44,27 @@ _EXTRA_OF = {
 }
 
 
+_debugging = False
+
+
 def _fail(message: object) -> NoReturn:
+    if _debugging:
+        _print_traceback()
     print(f"batchshaping: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _print_traceback() -> None:
+    """Print what a line stands for: the error, and those before it that were not to be seen."""
+    error = sys.exc_info()[1]
+    if error is None:
+        traceback.print_stack(sys._getframe(2))
+        return
+    before: BaseException | None = error
+    while before is not None:
+        before.__suppress_context__ = False
+        before = before.__context__
+    traceback.print_exception(error)
 
 
 @contextmanager
@@ -67,7 +86,7 @@ with _extras():
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
-    from batchshaping.training.config import SECTIONS, RunConfig, read_config
+    from batchshaping.training.config import MAY_CHANGE, SECTIONS, RunConfig, read_config
 
 __all__ = ["app", "main"]
 
@@ -98,12 +117,17 @@ def _batchshaping(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback before the line that says what is wrong.")
+    ] = False,
 ) -> None:
     """Shape the distribution of values, such as the gates of a network, to a prior.
 
     Start with **batchshaping demo** or **batchshaping train**, or see how values take a shape with
     **batchshaping fit --prior beta --a 2 --b 6**.
     """
+    global _debugging
+    _debugging = debug
 
 
 _PARAMETERS = "Parameters of the prior"
@@ -257,10 +281,10 @@ def fit(
     last = shaped.values[-1].reshape(start.shape)
     print(f"{start.numel()} values, {target}")
     print(f"batch-shaping loss {distances[0]:.2e} before, {distances[-1]:.2e} after {steps} steps")
-    _write(output / "values.npy", lambda path: write_values(path, last))
-    _write(output / "fit.png", lambda path: plot_fit(shaped).savefig(path, format="png"))
+    _write(output / "values.npy", lambda path: write_values(path, last), force)
+    _write(output / "fit.png", lambda path: plot_fit(shaped).savefig(path, format="png"), force)
     if animation:
-        _write(output / "fit.gif", lambda path: animate_fit(shaped, path))
+        _write(output / "fit.gif", lambda path: animate_fit(shaped, path), force)
 
 
 @app.command()
@@ -319,7 +343,7 @@ def demo(
     table.add_row("conditional gates", *(f"{o.gates.conditional:.1%}" for o in outcomes))
     Console().print(table)
     figure = draw(*outcomes)
-    _write(output / "gates.png", lambda path: figure.savefig(path, format="png"))
+    _write(output / "gates.png", lambda path: figure.savefig(path, format="png"), force=True)
 
 
 def _train(config: Path | None, resume: Path | None, output: Path | None, **given: str | bool | None) -> None:
@@ -334,10 +358,11 @@ def _train(config: Path | None, resume: Path | None, output: Path | None, **give
     outputs/second**; **batchshaping train --resume outputs/train**
     """
     settings = {name: value for name, value in given.items() if value is not None}
-    if resume is not None and (settings or config is not None or output is not None):
-        received = [f"--{name.replace('_', '-')}" for name in settings]
+    if resume is not None:
+        received = [f"--{name.replace('_', '-')}" for name in settings if name not in MAY_CHANGE]
         received += ["--config"] * (config is not None) + ["--output"] * (output is not None)
-        _fail(f"--resume takes its settings from the run, received {', '.join(received)} too")
+        if received:
+            _fail(f"--resume takes its settings from the run, received {', '.join(received)} too")
     try:
         run = None if resume else read_config(config, **settings) if config else RunConfig(**settings)
     except ValueError as error:
@@ -350,7 +375,11 @@ def _train(config: Path | None, resume: Path | None, output: Path | None, **give
     with _extras(), _refused():
         try:
             progress = sys.stderr.isatty()
-            result = train(run, folder, progress=progress) if run else resume_run(folder, progress=progress)
+            result = (
+                train(run, folder, progress=progress)
+                if run
+                else resume_run(folder, progress=progress, **settings)
+            )
         except KeyboardInterrupt:
             print(f"interrupted; to go on: batchshaping train --resume {folder}", file=sys.stderr)
             sys.exit(130)
@@ -384,7 +413,10 @@ def _options() -> list[inspect.Parameter]:
     """The options of the training command: where the run is, and every setting, by section."""
     files = {
         "config": ("Settings as name: value, in YAML; options replace them.", "FILE"),
-        "resume": ("Go on with the interrupted run in this folder.", "FOLDER"),
+        "resume": (
+            "Go on with the interrupted run in this folder. Options for its machine and its log may be new.",
+            "FOLDER",
+        ),
         "output": ("Where the run goes; made if need be. [default: outputs/train]", "FOLDER"),
     }
     parameters = []
@@ -458,7 +490,7 @@ def report(
         results = {_short_name(run, runs): read_result(run) for run in runs}
         page = report_html(results)
     _prepare(output.parent, [output.name], force)
-    _write(output, lambda path: path.write_text(page, encoding="utf-8"))
+    _write(output, lambda path: path.write_text(page, encoding="utf-8", errors="replace"), force)
 
 
 def _short_name(run: Path, runs: list[Path]) -> str:
@@ -515,7 +547,8 @@ def _known(option: str, name: str, names: Iterable[str]) -> str:
     plain = {re.sub("[-_ ]", "", known).lower(): known for known in names}
     known = plain.get(re.sub("[-_ ]", "", name).lower())
     if known is None:
-        _fail(f"{option} must be one of {', '.join(plain.values()).replace('_', '-')}, received {name!r}")
+        shown = ", ".join(plain.values()).replace("_", "-")
+        _fail(f"{option} must be one of {shown}, received {quoted(name)}")
     return known
 
 
@@ -561,18 +594,24 @@ def _prepare(folder: Path, names: list[str], force: bool) -> None:
         _fail(f"{folder}: {error.strerror}, expected a folder to write to")
     if not os.access(folder, os.W_OK):
         _fail(f"{folder}: expected a folder that can be written to")
-    present = [name for name in names if (folder / name).exists()]
+    # A symbolic link is something too, wherever it points to.
+    present = [name for name in names if os.path.lexists(folder / name)]
     if present and not force:
         _fail(
             f"{folder} already holds {', '.join(present)}; --force replaces them, --output writes elsewhere"
         )
+    for name in names:
+        if (folder / name).exists() and not (folder / name).is_file():
+            _fail(f"{folder / name}: expected a file to replace, received a folder or a device")
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file as a whole or not at all."""
+def _write(path: Path, write: Callable[[Path], object], force: bool) -> None:
+    """Write a file as a whole or not at all, and over an earlier one only if forced."""
     try:
-        with replaced(path) as partial:
+        with replaced(path) if force else created(path) as partial:
             write(partial)
+    except FileExistsError:
+        _fail(f"{path} was written by another process; --force replaces it, --output writes elsewhere")
     except OSError as error:
         _fail(f"{path}: {error.strerror or error}")
     print(f"wrote {path}")

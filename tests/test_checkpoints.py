@@ -284,28 +284,34 @@ def test_a_bit_that_changes_anywhere_is_refused(tmp_path: Path) -> None:
 
 def test_a_bit_that_changes_in_the_weights_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    write_tensors({"a": torch.arange(5), "b": torch.zeros(3, dtype=torch.bfloat16)}, path, format="pt")
+    write_tensors({"a": torch.arange(5), "b": torch.zeros(3, dtype=torch.bfloat16)}, path)
     for _ in changed_bits(path):
         with pytest.raises(ValueError, match="expected"):
             read_tensors(path)
 
 
-@given(tensors=st.dictionaries(text.filter(lambda name: name not in ("", "__metadata__")), tensors()))
+named = st.dictionaries(text.filter(lambda name: name not in ("", "__metadata__")), tensors())
+
+
+@given(tensors=named, note=text)
 def test_weights_come_back_and_are_plain_for_others(
-    tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+    tensors: dict[str, Tensor], note: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "weights"
-    write_tensors({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, format="pt")
-    found, metadata = read_tensors(path)
-    assert metadata == {"format": "pt"}
-    names = sorted(tensors)
-    assert same({name: found[name] for name in names}, {name: tensors[name] for name in names})
-    assert same({name: load_file(path)[name] for name in names}, {name: tensors[name] for name in names})
+    tensors = {name: tensor.contiguous().clone() for name, tensor in sorted(tensors.items())}
+    write_tensors(tensors, path, note)
+    found, received = read_tensors(path)
+    assert received == note
+    for each in (found, load_file(path)):
+        assert same({name: each[name] for name in tensors}, tensors) and each.keys() == tensors.keys()
+    before = path.read_bytes()
+    write_tensors(tensors, path, note)
+    assert path.read_bytes() == before
 
 
 def test_each_thing_that_changes_is_noticed(tmp_path: Path) -> None:
     path, tensors = tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.zeros(3)}
-    write_tensors(tensors, path, format="pt")
+    write_tensors(tensors, path, "text")
     with safe_open(path, framework="pt") as file:
         marked = file.metadata()
     save_file(tensors, path, metadata=marked)
@@ -322,8 +328,8 @@ def test_each_thing_that_changes_is_noticed(tmp_path: Path) -> None:
         save_file(each, path, metadata=marked)
         with pytest.raises(ValueError, match="expected the checksum"):
             read_tensors(path)
-    for wrong in ({**marked, "format": "np"}, {**marked, "more": ""}, {"sha256": marked["sha256"]}):
-        save_file(tensors, path, metadata=wrong)
+    for wrong in ("texts", "", "other"):
+        save_file(tensors, path, metadata={"sha256": marked["sha256"].replace("text", wrong)})
         with pytest.raises(ValueError, match="expected the checksum"):
             read_tensors(path)
 
@@ -337,12 +343,14 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mark", [{"sha256": "0" * 64}, {"sha256": ""}, {"sha257": "0" * 64}, {"format": "pt"}]
+    "metadata",
+    [
+        *({"checkpoint": "{}", "sha256": "0" * 64}, {"checkpoint": "{}", "format": "pt"}, {"sha257": "{}"}),
+        *({"sha256": "{}"}, {"sha256": ""}, {"sha256": "0" * 64 + " {}"}, {"Checkpoint": "{}"}),
+    ],
 )
-def test_a_mark_that_is_wrong_does_not_pass_for_one_that_is_not_there(
-    mark: dict[str, str], tmp_path: Path
-) -> None:
-    save_file({"weight": torch.ones(2)}, tmp_path / "x", metadata={"checkpoint": "{}", **mark})
+def test_a_checksum_that_is_wrong_does_not_pass_for_none(metadata: dict[str, str], tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "x", metadata=metadata)
     refused(tmp_path / "x")
 
 

@@ -280,6 +280,90 @@ def test_a_file_that_fails_while_it_is_written_leaves_the_old_one(monkeypatch: p
     assert files() == ["outputs/fit/fit.png", "outputs/fit/values.npy"]
 
 
+def test_a_file_that_another_process_wrote_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_after_another(path: Path, _: object) -> None:
+        path.write_bytes(b"mine")
+        Path("outputs/fit/values.npy").write_bytes(b"theirs")
+
+    monkeypatch.setattr("batchshaping.cli.write_values", write_after_another)
+    result = CliRunner().invoke(app, ["fit", *BETA, *QUICK])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "batchshaping: outputs/fit/values.npy was written by another process; "
+        "--force replaces it, --output writes elsewhere"
+    )
+    assert files() == ["outputs/fit/values.npy"]
+    assert Path("outputs/fit/values.npy").read_bytes() == b"theirs"
+
+
+def test_a_symbolic_link_is_something_that_is_there_already() -> None:
+    Path("outputs/fit").mkdir(parents=True)
+    Path("outputs/fit/fit.png").symlink_to(Path("kept.png").resolve())
+    for target_is_there in (False, True):
+        if target_is_there:
+            Path("kept.png").write_bytes(b"kept")
+        assert refused("fit", *BETA, *QUICK).startswith("outputs/fit already holds fit.png; ")
+    run("fit", *BETA, *QUICK, "--force")
+    assert Path("kept.png").read_bytes() == b"kept"
+    assert not Path("outputs/fit/fit.png").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["values.npy", "fit.png"])
+def test_what_is_no_file_is_not_replaced_and_said_before_any_work(name: str) -> None:
+    Path("outputs/fit", name).mkdir(parents=True)
+    line = refused("fit", *BETA, *QUICK, "--force")
+    assert line == f"outputs/fit/{name}: expected a file to replace, received a folder or a device"
+    assert files() == []
+
+
+def test_what_an_error_quotes_is_cut_to_a_line() -> None:
+    Path("x.csv").write_text("0.1\n" + "x" * 10_000)
+    for arguments in (
+        ["--prior", "x" * 10_000],
+        [*BETA, "--statistic", "x" * 10_000],
+        [*BETA, "--values", "x.csv"],
+    ):
+        line = refused("fit", *arguments)
+        assert "'xxx" in line and len(line) < 200
+
+
+# The traceback that a line stands for
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause", "shown"),
+    [
+        (["train", "--epochs", "many"], "pydantic_core._pydantic_core.ValidationError", "_one_line"),
+        (["train", "--config", "bad.yaml"], "UnicodeDecodeError", "_text"),
+        (["train", "--resume", "missing"], "batchshaping.training.run.RunError", "resume"),
+        (["evaluate", "missing"], "batchshaping.training.run.RunError", "evaluate_run"),
+        (["report", "bad.yaml"], "UnicodeDecodeError", "read_result"),
+        (["fit", "--prior", "beta", "--a", "-1", "--b", "6"], "ValueError", "_prior"),
+        (["fit", *BETA, "--values", "bad.npy"], "ValueError", "_read_npy"),
+        (["fit", *BETA, "--init", "-1"], "", "in fit"),
+    ],
+)
+def test_debug_shows_the_traceback_before_the_line(arguments: list[str], cause: str, shown: str) -> None:
+    Path("bad.yaml").write_bytes(b"\xff\xfe\x00")
+    Path("bad.npy").write_bytes(b"spam")
+    line = refused(*arguments)
+    result = CliRunner().invoke(app, ["--debug", *arguments])
+    assert result.exit_code == 2 and result.stdout == ""
+    *before, last = result.stderr.splitlines()
+    assert last == f"batchshaping: {line}"
+    text = "\n".join(before)
+    assert ("Traceback (most recent call last):" in text) == bool(cause)
+    assert cause in text and shown in text and 'File "' in text
+    # It holds for one command.
+    assert refused(*arguments) == line
+
+
+def test_debug_changes_nothing_where_nothing_is_wrong() -> None:
+    result = run("--debug", "fit", *BETA, *QUICK)
+    assert result.stdout == run("fit", *BETA, *QUICK, "--force").stdout
+    assert "--debug" in run("--help").stdout
+
+
 @pytest.mark.parametrize(
     ("missing", "importer", "command", "extra"),
     [

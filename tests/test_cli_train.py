@@ -108,6 +108,11 @@ def test_help_names_every_setting_with_its_default_within_80_columns() -> None:
     ("arguments", "line"),
     [
         (["--network", "resnet9"], "network must be one of resnet8, "),
+        (["--config", "octal.yaml"], "octal.yaml: epochs: "),
+        (
+            ["--config", "twice.yaml"],
+            "twice.yaml: expected each setting once, received 'seed' again in line 2",
+        ),
         (["--network", ""], "network must be one of resnet8, "),
         (["--data", "mnist"], "data must be one of digits, "),
         (["--budget", "-0.1"], "budget: "),
@@ -134,10 +139,12 @@ def test_help_names_every_setting_with_its_default_within_80_columns() -> None:
     ],
 )
 def test_what_cannot_be_trained_is_said_in_one_line(arguments: list[str], line: str) -> None:
-    Path("bad.yaml").write_text("spam: 1\n")
+    texts = {"bad.yaml": "spam: 1\n", "octal.yaml": "epochs: 010\n", "twice.yaml": "seed: 1\nseed: 2\n"}
+    for name, text in texts.items():
+        Path(name).write_text(text)
     Path("empty").mkdir()
     assert refused("train", *arguments).startswith(line)
-    assert list(files()) == ["bad.yaml"] and sorted(os.listdir()) == ["bad.yaml", "empty"]
+    assert sorted(files()) == [*texts] and sorted(os.listdir()) == sorted([*texts, "empty"])
 
 
 @pytest.mark.parametrize(
@@ -163,6 +170,36 @@ def test_a_run_is_not_resumed_with_other_settings(given: list[str], named: str) 
     line = refused("train", "--resume", "outputs/train", *given)
     assert line == f"--resume takes its settings from the run, received {named} too"
     assert files() == {}
+
+
+def test_a_run_is_resumed_with_another_machine_and_log() -> None:
+    run("train", *options(**{**TINY, "epochs": 1}))
+    kept = Path("outputs/train/config.yaml").read_bytes()
+    Path("outputs/train/result.json").unlink()
+    line = refused("train", "--resume", "outputs/train", "--logger", "none", "--seed", "1")
+    assert line == "--resume takes its settings from the run, received --seed too"
+    line = refused("train", "--resume", "outputs/train", "--workers", "-1")
+    assert line.startswith("workers: ")
+    run("train", "--resume", "outputs/train", "--logger", "none", "--log-every", "5")
+    assert {**TINY, "epochs": 1, "logger": "none", "log_every": 5}.items() <= result_of("outputs/train")[
+        "config"
+    ].items()
+    assert Path("outputs/train/config.yaml").read_bytes() == kept
+
+
+@pytest.mark.parametrize("text", ["", "network: resnet8\n"])
+def test_a_configuration_that_was_cut_off_does_not_train_the_default_run(text: str) -> None:
+    run("train", *options(**{**TINY, "epochs": 1}))
+    for name in ("result.json", "checkpoint.safetensors"):
+        Path("outputs/train", name).unlink()
+    Path("outputs/train/config.yaml").write_text(text)
+    before = files()
+    for command in (["train", "--resume"], ["evaluate"]):
+        line = refused(*command, "outputs/train")
+        assert line.startswith(
+            "outputs/train/config.yaml: expected every setting of the run, received none of "
+        )
+    assert files() == before
 
 
 def test_a_folder_with_a_run_is_left_as_it_is() -> None:

@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from itertools import chain, pairwise
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from commands import refused
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -276,7 +278,6 @@ def test_a_result_that_lacks_a_key_is_refused_in_a_line_that_names_run_and_key(p
     [
         {"config": 3},
         {"accuracy": "high"},
-        {"multiply_adds": float("nan")},
         {"layers": [1]},
         {"cost": {"dense": 0.0}},
         {"history": None},
@@ -285,13 +286,153 @@ def test_a_result_that_lacks_a_key_is_refused_in_a_line_that_names_run_and_key(p
         {"versions": []},
         {"by_class": []},
         {"least": [None]},
+        {"accuracy": True},
+        {"accuracy": "0.9"},
+        {
+            "classes": 3,
+            "by_class": [{"name": "a", "examples": 1, "accuracy": 1, "multiply_adds": 1, "open": 3}],
+        },
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_a_result_of_another_shape_is_refused_in_a_line(change: dict[str, Any]) -> None:
     message = "^'bad': expected the result of a run, received something else$"
     with pytest.raises(ValueError, match=message):
         report_html({"bad": result() | change})
+
+
+def changed(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """A result with another value at a place."""
+    broken = within = result()
+    for key in path[:-1]:
+        within = within[key]
+    within[path[-1]] = value
+    return broken
+
+
+NUMBERS = [
+    *[("accuracy",), ("multiply_adds",), ("cost", "dense"), ("quantiles", 0), ("quantiles", -1)],
+    *[
+        ("gates", "always_on"),
+        ("layers", 0, "gates"),
+        ("layers", 1, "mean_open"),
+        ("layers", 0, "histogram", 3),
+    ],
+    *[("history", 0, name) for name in ("epoch", "accuracy", "multiply_adds", "shaping", "penalty", "noise")],
+    *[("history", 1, "gates", "conditional"), ("history", 1, "layers", 0, "histogram", 19)],
+    *[("by_class", 0, name) for name in ("examples", "accuracy", "multiply_adds")],
+    *[("by_class", 0, "open", 0, 1), ("least", 0, "multiply_adds")],
+]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [10**400, -(10**5000), 1e300, math.inf, math.nan],
+    ids=lambda n: repr(n)[:9] if isinstance(n, float) else "int",
+)
+@pytest.mark.parametrize("path", NUMBERS, ids=lambda path: ".".join(map(str, path)))
+def test_a_number_that_no_run_gives_is_refused_in_a_line(path: tuple[Any, ...], number: float) -> None:
+    with pytest.raises(ValueError, match=r"\A'bad': expected the result of a run, received .*\Z") as error:
+        report_html({"bad": changed(path, number)})
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        (1e18, 1e18),
+        (0.6, 1e300),
+        (10**400, 1),
+        (-1, 1),
+        (math.nan, 1),
+        (True, 1),
+        (1,),
+        (1, 2, 3),
+        "0.6",
+        3,
+        None,
+        [1] * 10**5,
+    ],
+    ids=lambda prior: repr(prior)[:12] if not isinstance(prior, tuple) or max(prior) < 1e100 else "int",
+)
+def test_a_prior_that_no_run_has_is_refused_in_a_line(prior: Any) -> None:
+    message = r"\A'bad': expected the result of a run, received one with prior[ .:].*\Z"
+    with pytest.raises(ValueError, match=message) as error:
+        report_html({"bad": changed(("config", "prior"), prior)})
+    assert len(str(error.value)) < 250
+
+
+def deep(depth: int) -> Any:
+    inner: Any = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("config", "width"), ("accuracy",), ("history",), ("least", 0, "png"), ("versions", "torch")],
+    ids=str,
+)
+def test_what_is_nested_without_end_is_refused_in_a_line(path: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^'bad': expected the result of a run, received something else$"):
+        report_html({"bad": changed(path, deep(10**5))})
+
+
+def test_histograms_of_many_bins_are_refused_in_a_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"^'bad': expected .*, received one with 100000 bins in a histogram$"
+    ):
+        report_html({"bad": changed(("layers", 0, "histogram"), [1] * 10**5)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 10**5 + "]" * 10**5,
+        '{"accuracy":' * 10**5,
+        '{"a": ' + "9" * 5000 + "}",
+        '{"accuracy": 1, "config": [], "cost": {}, "history": []}',
+        '[["accuracy", 1], ["config", {}], ["cost", {}], ["history", []]]',
+        '{"accuracy": 1, "config": {}, "cost": {}, "history": [NaN]}',
+        "\xff",
+        "",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_file_that_is_no_result_is_one_line_and_no_page(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text(text, encoding="latin-1")
+    line = refused("report", "bad.json")
+    assert "bad" in line and "expected the result of a run" in line and len(line) < 200
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 5000, "1e400", "NaN", "Infinity"])
+def test_a_number_in_a_file_that_no_run_gives_is_one_line_and_no_page(
+    number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in NUMBERS:
+        text = json.dumps(changed(path, "HERE")).replace('"HERE"', number)
+        Path("bad.json").write_text(text)
+        line = refused("report", "bad.json")
+        assert line.startswith("'bad': expected the result of a run, received ") and len(line) < 200
+        assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    write_report({"a": result()}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_report({"b": result()}, path)
+    assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_report_of_no_run_is_refused() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +101,9 @@ def test_parameters_views_and_sparse_tensors_are_values_too(values: torch.Tensor
         ("0.1\n\n0.2\n0.3", [0.1, 0.2, 0.3]),
         ("\ufeffgate\n0.1\n", [0.1]),
         ("0.25", [0.25]),
+        ("_a,é,# b\n.5,5.\n", [[0.5, 5.0]]),
+        ("info,e5\n+1e-2,-0\n", [[0.01, 0.0]]),
+        ("0.5,inf\n-Infinity,1E3\n", [[0.5, math.inf], [-math.inf, 1000.0]]),
     ],
 )
 def test_text_comes_back_as_columns(text: str, expected: list[float], tmp_path: Path) -> None:
@@ -106,6 +111,30 @@ def test_text_comes_back_as_columns(text: str, expected: list[float], tmp_path: 
     read = read_values(tmp_path / "x.csv")
     assert read.dtype == torch.float64
     assert read.tolist() == expected
+
+
+def test_nan_is_a_number_in_every_line(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("nan,NaN\n0.5,nan\n")
+    read = read_values(tmp_path / "x.csv")
+    assert read.shape == (2, 2) and read.isnan().tolist() == [[True, True], [False, True]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("0x1A,0x2B", "1_000,2_000", "0b1,0b0", "0o7,0o1", "1d5,2d5", "1e,2e", "1.#INF,1.#IND"),
+        *("50%,60%", "1'000,2'000", "12:30,13:30", "1/2,1/3", "1st,2nd", "-,-", "--1,--2", "$1,$2"),
+        *("na,NA", "null,None", "true,FALSE", "n/a,N/A", ",", "left,0.5", "left,nan", "left,0x1A", "١٢,٣"),
+    ],
+)
+@pytest.mark.parametrize("where", [1, 2])
+def test_what_could_be_a_number_in_another_notation_is_no_name(line: str, where: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    lines = ["0.1,0.2", "0.3,0.4", "0.5,0.6"]
+    lines.insert(where - 1, line)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"\A[^\n]*: expected numbers, received .* in line {where}\Z"):
+        read_values(path)
 
 
 def zipped(name: str) -> bytes:
@@ -126,6 +155,30 @@ def pt(content: object) -> bytes:
     torch.save(content, buffer)
     return buffer.getvalue()
 
+
+def compressed(content: object) -> bytes:
+    """What torch.save writes, but compressed, to a thousandth of its size."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(pt(content))) as stored,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for part in stored.infolist():
+            archive.writestr(part.filename, stored.read(part))
+    return buffer.getvalue()
+
+
+ONE_TENSOR = "expected one tensor as torch.save writes it"
+TOO_MANY = "expected at most 67108864 values, received 1000000000000"
+TRILLION = (10**6, 10**6)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of parts of PyTorch that are new or old
+    SPARSE = torch.sparse_csr_tensor(
+        torch.zeros(10**6 + 1, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.ones(0), TRILLION
+    )
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    JAGGED = torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+    QUANTIZED = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)
 
 HUGE = npy(np.zeros(3)).replace(b"(3,), }" + b" " * 16, b"(3000000000000000,), }", 1)
 
@@ -153,7 +206,7 @@ HUGE = npy(np.zeros(3)).replace(b"(3,), }" + b" " * 16, b"(3000000000000000,), }
         ("x.csv", b"0.1,0.2\n0.3,open\n", "expected numbers, received 'open' in line 2"),
         ("x.csv", b"0.1,left\n0.3,0.4\n", "expected numbers, received 'left' in line 1"),
         ("x.csv", b"0.1,\n", "expected numbers, received '' in line 1"),
-        ("x.csv", b"0.1;0.2\n0.3;0.4\n", "expected numbers, received '0.3;0.4' in line 2"),
+        ("x.csv", b"0.1;0.2\n0.3;0.4\n", "expected numbers, received '0.1;0.2' in line 1"),
         ("x.csv", b"0.1,0.2\n0.3\n", "expected 2 numbers a line, received 1 in line 2"),
         ("x.csv", b"\xff\xfe\x00", "expected numbers with commas between them"),
         ("x.csv", npy(np.ones(3)), "expected numbers with commas between them"),
@@ -165,6 +218,15 @@ HUGE = npy(np.zeros(3)).replace(b"(3,), }" + b" " * 16, b"(3000000000000000,), }
         ("x.pt", pt(torch.ones(2, dtype=torch.complex64)), "received torch.complex64"),
         ("x.pt", pt(torch.ones(2, device="meta")), "expected one tensor as torch.save writes it"),
         ("x.pt", pt(torch.ones(0)), "expected at least one value, received shape (0,)"),
+        ("x.pt", pt(torch.ones(1).expand(TRILLION)), TOO_MANY),
+        ("x.pt", pt(torch.ones(9).as_strided(TRILLION, (0, 0))), TOO_MANY),
+        ("x.pt", pt(torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), TRILLION)), TOO_MANY),
+        ("x.pt", pt(SPARSE), TOO_MANY),
+        ("x.pt", pt(NESTED), ONE_TENSOR),
+        ("x.pt", pt(JAGGED), ONE_TENSOR),
+        ("x.pt", pt(QUANTIZED), ONE_TENSOR),
+        ("x.pt", compressed(torch.zeros(10**6)), ONE_TENSOR),
+        ("x.csv", b"0.1\n" + b"x" * 10**4, "expected numbers, received 'xxx"),
     ],
 )
 def test_what_is_no_file_of_values_says_so_in_one_line(
@@ -176,7 +238,7 @@ def test_what_is_no_file_of_values_says_so_in_one_line(
         read_values(path)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 200
 
 
 @pytest.mark.parametrize("kind", ["torch.save", "pickle", "numpy.save"])
@@ -201,6 +263,21 @@ def test_a_file_that_is_not_there_or_a_folder(name: str, tmp_path: Path) -> None
     (tmp_path / name).mkdir()
     with pytest.raises(IsADirectoryError):
         read_values(tmp_path / name)
+
+
+def test_tensors_in_the_old_format_of_torch_are_read(tmp_path: Path) -> None:
+    torch.save(torch.rand(3), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert read_values(tmp_path / "x.pt").shape == (3,)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.npy"
+    write_values(path, torch.ones(2))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_values(path, torch.zeros(3))
+    assert torch.equal(read_values(path), torch.ones(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npy"]
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from batchshaping.files import quoted, replaced
 from batchshaping.priors import Beta
+from batchshaping.training.config import RunConfig
 
 __all__ = ["prior_masses", "report_html", "write_report"]
 
@@ -43,10 +45,12 @@ def write_report(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         path: the file, replaced if it is there.
 
     Raises:
-        ValueError: in one line that names the run, if something is missing in its result.
-        OSError: if the file cannot be written.
+        ValueError: in one line that names the run, if something is missing in its result or out of range.
+        OSError: if the file cannot be written; an earlier one is then as it was.
     """
-    path.write_text(report_html(results), encoding="utf-8", errors="replace")
+    page = report_html(results)
+    with replaced(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")
 
 
 def report_html(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -56,7 +60,7 @@ def report_html(results: Mapping[str, Mapping[str, Any]]) -> str:
         results: for the name of each run, what its ``result.json`` holds.
 
     Raises:
-        ValueError: in one line that names the run, if something is missing in its result.
+        ValueError: in one line that names the run, if something is missing in its result or out of range.
 
     Example:
         >>> report_html({"first": {"accuracy": 0.9}})
@@ -118,7 +122,7 @@ class _Run:
 
     name: str
     config: dict[str, Any]
-    versions: dict[str, Any]
+    versions: dict[str, str]
     accuracy: float
     spent: float
     dense: float
@@ -154,10 +158,10 @@ def _run(name: str, result: Mapping[str, Any]) -> _Run:
         run = _Run(
             name=name,
             config=dict(result["config"].items()),
-            versions=dict(result["versions"].items()),
-            accuracy=float(result["accuracy"]),
-            spent=float(result["multiply_adds"]),
-            dense=float(result["cost"]["dense"]),
+            versions={name: str(version) for name, version in result["versions"].items()},
+            accuracy=_figure(result["accuracy"]),
+            spent=_figure(result["multiply_adds"]),
+            dense=_figure(result["cost"]["dense"]),
             gates=_gates(result["gates"]),
             spread=_least_median_most(result["quantiles"]),
             extremes={which: [_image(image) for image in result[which]] for which in ("least", "most")},
@@ -168,51 +172,82 @@ def _run(name: str, result: Mapping[str, Any]) -> _Run:
         json.dumps([derived, run.accuracy, run.gates, run.extremes, run.figures], allow_nan=False)
     except KeyError as error:
         received = f"one without {error}"
-    except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError):
+    except _RangeError as error:
+        received = f"one with {error}"
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
         received = "something else"
     else:
         return run
-    raise ValueError(f"{name!r}: expected the result of a run, received {received}")
+    raise ValueError(f"{quoted(name)}: expected the result of a run, received {received}")
+
+
+class _RangeError(ValueError):
+    """Says what in a result is out of the range that a run gives."""
+
+
+# More multiply-adds than any network has; what is derived from numbers below is finite.
+_LARGEST_FIGURE = 1e30
+
+# The histograms of a run have 20.
+_MOST_BINS = 1000
+
+
+def _figure(value: Any) -> float:
+    """A number that a page can show."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    if not abs(value) <= _LARGEST_FIGURE:
+        raise _RangeError(f"the number {quoted(value)}")
+    return value
+
+
+def _list(values: Any) -> list[float]:
+    if not isinstance(values, list | tuple):
+        raise TypeError
+    return [_figure(value) for value in values]
 
 
 _SHARES = ("always_on", "conditional", "always_off", "mean_open")
 
 
 def _gates(gates: Mapping[str, float] | None) -> dict[str, float]:
-    return {share: float(gates[share]) for share in _SHARES} if gates else {}
+    return {share: _figure(gates[share]) for share in _SHARES} if gates else {}
 
 
 def _least_median_most(quantiles: Sequence[float]) -> tuple[float, float, float]:
-    return float(quantiles[0]), float(quantiles[len(quantiles) // 2]), float(quantiles[-1])
+    return _figure(quantiles[0]), _figure(quantiles[len(quantiles) // 2]), _figure(quantiles[-1])
 
 
 def _image(image: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: str(image[name]) for name in ("label", "predicted", "png")}
-    return {**shown, "multiply_adds": float(image["multiply_adds"])}
+    return {**shown, "multiply_adds": _figure(image["multiply_adds"])}
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
     layers = [_layer(layer) for layer in result["layers"]]
     bins = len(layers[0]["histogram"]) if layers else 0
+    if bins > _MOST_BINS:
+        raise _RangeError(f"{bins} bins in a histogram")
     return {
-        "dense": result["cost"]["dense"],
+        "dense": _figure(result["cost"]["dense"]),
         "layers": layers,
-        "prior": prior_masses(result["config"]["prior"], bins) if layers else [],
+        "prior": prior_masses(_prior(result["config"]), bins) if layers else [],
         "epochs": [
             {
                 **{
-                    name: epoch[name]
+                    name: _figure(epoch[name])
                     for name in ("epoch", "accuracy", "multiply_adds", "shaping", "penalty", "noise")
                 },
                 "gates": _gates(epoch["gates"]),
-                "histograms": [layer["histogram"] for layer in epoch["layers"]],
+                "histograms": [_list(layer["histogram"]) for layer in epoch["layers"]],
             }
             for epoch in result["history"]
         ],
         "classes": [
             {
                 **_name(figures["name"]),
-                **{name: figures[name] for name in ("examples", "accuracy", "multiply_adds", "open")},
+                **{name: _figure(figures[name]) for name in ("examples", "accuracy", "multiply_adds")},
+                "open": [_list(layer) for layer in figures["open"]],
             }
             for figures in result["by_class"]
         ],
@@ -220,8 +255,21 @@ def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {name: layer[name] for name in ("name", "gates", *_SHARES, "histogram")}
-    return {**shown, **_name(layer["name"])}
+    shown = {name: _figure(layer[name]) for name in ("gates", *_SHARES)}
+    return {
+        "name": str(layer["name"]),
+        **shown,
+        "histogram": _list(layer["histogram"]),
+        **_name(layer["name"]),
+    }
+
+
+def _prior(config: Mapping[str, Any]) -> tuple[float, float]:
+    """The prior of a run, in the range that a run may have."""
+    try:
+        return RunConfig(prior=config["prior"]).prior
+    except ValueError as error:
+        raise _RangeError(error) from None
 
 
 def _name(name: str) -> dict[str, str]:

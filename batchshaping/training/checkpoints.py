@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from batchshaping.files import replaced
+from batchshaping.files import quoted, replaced
 
 __all__ = ["SafeCheckpoints", "read_checkpoint", "read_tensors", "write_checkpoint", "write_tensors"]
 
@@ -28,16 +28,16 @@ _TENSOR, _PAIRS = "$tensor", "$pairs"
 _CHECKSUM = "sha256"
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
-    """Write tensors to a safetensors file with a checksum in its metadata, as a whole or not at all.
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, text: str = "") -> None:
+    """Write tensors, and a text if need be, to a safetensors file with a checksum, as a whole or not at all.
 
-    The checksum is the SHA-256 of the metadata and of the name, type, shape and bytes of each tensor. For
-    other software the file is a plain safetensors file.
+    The checksum is the SHA-256 of the text and of the name, type, shape and bytes of each tensor. For other
+    software the file is a plain safetensors file. Equal tensors and texts give equal files.
 
     Args:
         tensors: what to write, by name; contiguous, and none of them in the memory of another.
         path: the file; an earlier one is replaced.
-        metadata: text for the header.
+        text: for the header.
 
     Raises:
         OSError: if the file cannot be written; an earlier one is then as it was.
@@ -45,26 +45,27 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) ->
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> write_tensors({"weight": torch.ones(2)}, path, format="pt")
+        >>> write_tensors({"weight": torch.ones(2)}, path, "trained")
         >>> read_tensors(path)
-        ({'weight': tensor([1., 1.])}, {'format': 'pt'})
+        ({'weight': tensor([1., 1.])}, 'trained')
     """
-    marked = {**metadata, _CHECKSUM: _checksum(tensors, metadata)}
+    # One entry, since safetensors writes several of them in an order that changes.
+    metadata = {_CHECKSUM: f"{_checksum(tensors, text)} {text}"}
     with replaced(path) as partial:
-        partial.write_bytes(save(dict(tensors), metadata=marked))
+        partial.write_bytes(save(dict(tensors), metadata=metadata))
 
 
-def read_tensors(path: Path, unmarked: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what :func:`write_tensors` wrote: the tensors, on the CPU, and the metadata.
+def read_tensors(path: Path, earlier: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Read what :func:`write_tensors` wrote: the tensors, on the CPU, and the text.
 
     Args:
         path: the file.
-        unmarked: the names of the metadata in files of earlier versions, which have no checksum. A file with
-            just these is read as it is.
+        earlier: how earlier versions, which wrote no checksum, named the text in the header; None where there
+            was none. A file of theirs is read as it is.
 
     Raises:
         OSError: if the file cannot be opened.
-        ValueError: if it is no safetensors file, or not what its checksum is of.
+        ValueError: if it is no safetensors file, or was changed.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -72,16 +73,20 @@ def read_tensors(path: Path, unmarked: Collection[str] = ()) -> tuple[dict[str, 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a safetensors file: {error}") from None
-    # Exactly these names: where a bit of the name of the checksum has changed, there is another name.
-    if metadata.keys() != set(unmarked):
-        mark = metadata.pop(_CHECKSUM, None)
-        if mark != _checksum(tensors, metadata):
-            raise ValueError(f"expected the checksum {mark}, received {_checksum(tensors, metadata)}")
-    return tensors, metadata
+    # Nothing but these names: a changed bit in the name of the checksum makes no file of an earlier version.
+    if [*metadata] == ([] if earlier is None else [earlier]):
+        return tensors, "".join(metadata.values())
+    if [*metadata] != [_CHECKSUM]:
+        raise ValueError(f"expected a checksum in the header, received {quoted([*metadata])}")
+    expected, _, text = metadata[_CHECKSUM].partition(" ")
+    received = _checksum(tensors, text)
+    if received != expected:
+        raise ValueError(f"expected the checksum {quoted(expected)}, received {received}")
+    return tensors, text
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(json.dumps(text).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
         # A contiguous tensor of one value or none may have any strides, which no view as bytes takes.
@@ -109,7 +114,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _without_tensors(checkpoint, "", tensors)
-    write_tensors(tensors, path, checkpoint=json.dumps(tree))
+    write_tensors(tensors, path, json.dumps(tree))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -122,8 +127,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: in one line that names the file, if it cannot be read or is no such checkpoint.
     """
     try:
-        tensors, metadata = read_tensors(path, unmarked={"checkpoint"})
-        checkpoint = _with_tensors(json.loads(metadata["checkpoint"]), tensors)
+        tensors, text = read_tensors(path, earlier="checkpoint")
+        checkpoint = _with_tensors(json.loads(text), tensors)
         assert isinstance(checkpoint, dict)
         return checkpoint
     except FileNotFoundError:

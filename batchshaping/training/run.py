@@ -169,17 +169,16 @@ def read_result(output: Path) -> dict[str, Any]:
         if len(text) > _LARGEST_RESULT:
             raise RunError(f"{path}: expected a result of at most {_LARGEST_RESULT} bytes, received more")
         # An integer that no float reaches is infinite, as other numbers of its size are.
-        result = json.loads(text.decode(), parse_int=lambda n: int(n) if len(n) < 100 else float(n))
+        result: dict[str, Any] = json.loads(
+            text.decode(), parse_int=lambda n: int(n) if len(n) < 100 else float(n)
+        )
+        whole = isinstance(result, dict) and {"accuracy", "config", "cost", "history"} <= result.keys()
+        if not (whole and isinstance(result["config"], dict)):
+            raise ValueError
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError):
-        result = None
-    if not (
-        isinstance(result, dict)
-        and {"accuracy", "config", "cost", "history"} <= result.keys()
-        and isinstance(result["config"], dict)
-    ):
-        raise RunError(f"{path}: expected the result of a run, received something else")
+        raise RunError(f"{path}: expected the result of a run, received something else") from None
     if result.pop(_CHECKSUM, None) not in (None, _checksum(result)):
         raise RunError(f"{path}: expected the result that the run wrote, received another: it was changed")
     return result
@@ -330,7 +329,7 @@ def _fit(
     }
     with _written_to(output):
         weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        write_tensors(weights, output / MODEL, format="pt")
+        write_tensors(weights, output / MODEL)
         _write_json({**result, _CHECKSUM: _checksum(result)}, output / RESULT)
     return result
 
