@@ -147,6 +147,8 @@ class RunConfig(BaseModel):
     """Devices, or processes on the CPU, of each node."""
     nodes: _Count = 1
     """Machines."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads of each process on the CPU; by default one for small layers, and more for large ones."""
     precision: Literal["32", "16-mixed", "bf16-mixed", "64"] = "32"
     """Precision of the computation."""
     sync_batch_norm: bool = False
@@ -172,7 +174,7 @@ class RunConfig(BaseModel):
         """From a command line: several numbers as 0.6,0.4."""
         return tuple(value.split(",")) if isinstance(value, str) else value
 
-    @field_validator("noise_end", "train_images", "data_folder", mode="before")
+    @field_validator("noise_end", "train_images", "data_folder", "threads", mode="before")
     @classmethod
     def _or_none(cls, value: object) -> object:
         """From a command line: none for what a file has and should not be."""

@@ -42,6 +42,7 @@ from batchshaping.training.config import RunConfig, read_config, write_config
 from batchshaping.training.data import Data, load_data
 from batchshaping.training.evaluation import evaluate
 from batchshaping.training.module import DataModule, GatedClassifier, make_network
+from batchshaping.training.threads import suitable_threads, using_threads
 
 __all__ = ["RunError", "evaluate_run", "load_run", "read_result", "resume", "train"]
 
@@ -118,7 +119,7 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
 
     Args:
         output: the folder of the run.
-        settings: replace those of the run, such as ``data_folder``.
+        settings: replace those of the run, such as ``data_folder`` or ``threads``.
 
     Returns:
         The figures of :func:`~batchshaping.training.evaluation.evaluate`.
@@ -127,7 +128,7 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
         RunError: if the folder holds no trained network.
         DataError: if the data is not what it should be.
     """
-    return evaluate(*load_run(output, **settings))
+    return evaluate(*load_run(output, **settings), threads=_config(output, **settings).threads)
 
 
 def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
@@ -181,7 +182,11 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
     return config if folder is None else config.model_copy(update={"data_folder": folder.resolve()})
 
 
-_MAY_CHANGE = {"accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "workers"}
+# With other devices or threads, sums are taken in another order and may be rounded differently.
+_MAY_CHANGE = {
+    *("accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "threads"),
+    "workers",
+}
 
 
 def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path) -> None:
@@ -246,7 +251,13 @@ def _fit(
 ) -> dict[str, Any]:
     started = time.monotonic()
     config = module.config
-    with _quiet(), _written_to(output):
+    threads = config.threads or suitable_threads(
+        module.network,
+        module.cost.dense * config.batch_of_a_device,
+        trainer.strategy.root_device,
+        config.devices,
+    )
+    with _quiet(), _written_to(output), using_threads(threads):
         try:
             trainer.fit(module, DataModule(config, module.data), ckpt_path=checkpoint)
         except SystemExit:  # how Lightning ends a training that was interrupted
@@ -266,9 +277,10 @@ def _fit(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "threads": threads,
         "classes": list(module.data.classes),
         "seconds": round(time.monotonic() - started, 1),
-        **evaluate(network, module.data, workers=config.workers, device=device),
+        **evaluate(network, module.data, workers=config.workers, device=device, threads=config.threads),
         "history": module.history,
     }
     with _written_to(output):
