@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -106,6 +107,16 @@ def test_a_machine_without_apt_is_left_alone(tmp_path: Path) -> None:
     program(tmp_path, "id", "echo 0")
     done = make("browser", path=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_make_test_ends_with_the_tests_whose_last_line_says_what_was_not_checked() -> None:
+    done = make("--dry-run", "test", path=Path(os.environ["PATH"]))
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in done.stdout.splitlines() if " -m " in line]
+    checks = ("ruff check", "ruff format", "mypy", "sphinx", "tests/test_notebooks.py", "pytest -n")
+    assert [check for check in checks if not any(check in step for step in steps)] == []
+    assert "pytest -n" in steps[-1]
+    assert sum("pytest -n" in step for step in steps) == 1
 
 
 # The notebooks

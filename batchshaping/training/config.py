@@ -54,7 +54,10 @@ SECTIONS = {
 }
 """Headings of the settings, each by the first one that it stands above."""
 
-MAY_CHANGE = {"accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "workers"}
+MAY_CHANGE = {
+    *("accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "threads"),
+    "workers",
+}
 """Settings of the machine and the log, which may change when a run goes on."""
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -166,6 +169,8 @@ class RunConfig(BaseModel):
     """Devices, or processes on the CPU, of each node."""
     nodes: _Count = 1
     """Machines."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads of each process on the CPU; by default one for small layers, and more for large ones."""
     precision: Literal["32", "16-mixed", "bf16-mixed", "64"] = "32"
     """Precision of the computation."""
     sync_batch_norm: bool = False
@@ -191,7 +196,7 @@ class RunConfig(BaseModel):
         """From a command line: several numbers as 0.6,0.4."""
         return tuple(value.split(",")) if isinstance(value, str) else value
 
-    @field_validator("noise_end", "train_images", "data_folder", mode="before")
+    @field_validator("noise_end", "train_images", "data_folder", "threads", mode="before")
     @classmethod
     def _or_none(cls, value: object) -> object:
         """From a command line: none for what a file has and should not be."""

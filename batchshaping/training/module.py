@@ -163,6 +163,7 @@ class GatedClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._refuse_divergence()
+        self.log("threads", float(torch.get_num_threads()), rank_zero_only=True)
 
     def _refuse_divergence(self) -> None:
         # Once an epoch, since reading a number makes a device wait.
