@@ -176,6 +176,20 @@ def test_gradcheck_of_the_logarithms_in_everything(
 
 
 @each_family
+def test_the_logarithms_broadcast_values_and_parameters(family: Family) -> None:
+    example = family.examples[0]
+    first = torch.linspace(0.9, 1.1, 3, dtype=F64) * example[0]
+    prior = family.prior(first, *example[1:])
+    x = torch.linspace(0.2, 0.8, 5, dtype=F64).unsqueeze(1)
+    for method in ("log_cdf", "log_sf"):
+        found = getattr(prior, method)(x)
+        columns = [getattr(family.prior(p, *example[1:]), method)(x[:, 0]) for p in first]
+        torch.testing.assert_close(found, torch.stack(columns, dim=1))
+        mapped = torch.func.vmap(lambda p, m=method: getattr(family.prior(p, *example[1:]), m)(x[:, 0]))
+        torch.testing.assert_close(mapped(first), found.T)
+
+
+@each_family
 def test_the_logarithms_of_nan_are_nan(family: Family) -> None:
     x = torch.tensor([0.2, torch.nan, 0.7])
     prior = family.prior(*family.examples[0])
@@ -372,11 +386,39 @@ def test_numbers_are_exact_in_double_precision() -> None:
 @each_prior
 def test_numbers_do_not_widen_single_precision(family: Family, parameters: tuple[float, ...]) -> None:
     prior = family.prior(*parameters)
+    scalar = torch.tensor(0.3)
+    for method in (prior.cdf, prior.icdf, prior.log_prob, prior.log_cdf, prior.log_sf):
+        assert method(scalar).dtype == torch.float32
     x = torch.rand(5)
     assert prior.cdf(x).dtype == torch.float32
     assert prior.icdf(x).dtype == torch.float32
     assert prior.log_prob(x.clamp(0.1, 0.9)).dtype == torch.float32
     assert prior.sample().dtype == torch.float32
+
+
+@each_prior
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F64])
+def test_the_default_dtype_changes_no_function_of_numbers(
+    family: Family, parameters: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    prior, x = family.prior(*parameters), torch.linspace(0.1, 0.9, 9)
+    methods = ("cdf", "icdf", "log_prob", "log_cdf", "log_sf")
+    expected = [getattr(prior, method)(x) for method in methods]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [getattr(family.prior(*parameters), method)(x) for method in methods]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("value", ["six", None, [0.6, 0.4], np.array([0.6, 0.4])], ids=repr)
+def test_what_is_no_parameter_is_refused_by_name_in_one_line(value: object) -> None:
+    with pytest.raises(TypeError, match=r"^Beta: b must be a number or a tensor, received .+$") as caught:
+        bs.Beta(0.6, value)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match=r"^Normal: loc must be real, received torch\.complex64$"):
+        bs.Normal(torch.tensor(1j), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +450,20 @@ def test_a_parameter_updated_in_place_is_seen_by_the_same_prior(family: Family) 
             p.fill_(value)
     for seen, expected in zip(observations(prior, x), observations(double(family, second), x), strict=True):
         torch.testing.assert_close(seen, expected)
+
+
+@each_family
+def test_a_parameter_updated_out_of_its_range_is_refused_by_check(family: Family) -> None:
+    parameters = [torch.nn.Parameter(torch.tensor(p)) for p in family.examples[0]]
+    prior, unchecked = family.prior(*parameters), family.prior(*parameters, validate_args=False)
+    prior.check()
+    with torch.no_grad():
+        parameters[-1].fill_(-7.5)
+    name = family.names[-1]
+    for made in (prior, prior.expand((2, 3)), prior.replace()):
+        with pytest.raises(ValueError, match=rf"{type(prior).__name__}: {name} must be .* received -7\.5"):
+            made.check()
+    unchecked.check()
 
 
 @each_family
