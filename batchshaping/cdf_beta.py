@@ -157,7 +157,7 @@ class _Fraction:
     def _fold_one_with_gradients(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         if not y.is_cpu:
             return self._fold_gradients(y, offset)
-        constant, one = self.constant.reshape(-1), torch.ones((), dtype=y.dtype)
+        constant, one = self.constant.reshape(-1), y.new_ones(())
         y_square = y * y
         slope, _, slope_p, slope_q, *_ = self.numbers[-1]
         t = torch.add(constant[-1], offset, alpha=slope)
@@ -359,7 +359,7 @@ class BetaCDF(PreparedCDF):
             # Into numbers at once, several times faster than into booleans.
             in_right = torch.gt(x, self.split, out=torch.empty(shape, dtype=self.working, device=x.device))
         else:
-            in_right = torch.full((), float(some_right), dtype=self.working)
+            in_right = torch.full((), float(some_right), dtype=self.working, device=x.device)
         fraction = _choose(left[0], right[0], in_right)
         if not self.gradients:
             return in_right, fraction, None, None
@@ -418,8 +418,10 @@ def fixed_beta_cdf(
     a: float, b: float, dtype: torch.dtype, gradients: bool = False, tails: bool = False
 ) -> BetaCDF:
     """:class:`BetaCDF` of two numbers, made once for all calls."""
-    both = torch.tensor([a, b], dtype=torch.float64)
-    return BetaCDF(both[0], both[1], dtype, gradients=gradients, tails=tails)
+    # What is kept must serve every later call, whatever the default device and the modes of the first.
+    with torch.inference_mode(False):
+        both = torch.tensor([a, b], dtype=torch.float64, device="cpu")
+        return BetaCDF(both[0], both[1], dtype, gradients=gradients, tails=tails)
 
 
 def _cdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
@@ -428,7 +430,7 @@ def _cdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return _elementwise(a, b, x).cdf
     cdf = fixed_beta_cdf(float(a.detach()), float(b.detach()), x.dtype)
     shape = torch.broadcast_shapes(a.shape, b.shape, x.shape)
-    found = torch.empty(shape, dtype=x.dtype)
+    found = x.new_empty(shape)
     for out, values in zip(found.view(-1).split(_TILE), x.reshape(-1).split(_TILE), strict=True):
         out.copy_(cdf.cdf(values))
     return found
