@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CDFDerivatives", "LogCDFDerivatives", "PreparedCDF", "nearest_inside"]
+__all__ = ["CDFDerivatives", "LogCDFDerivatives", "PreparedCDF", "nearest_inside", "stretched"]
 
 
 class CDFDerivatives(NamedTuple):
@@ -22,7 +22,9 @@ class CDFDerivatives(NamedTuple):
 class LogCDFDerivatives(NamedTuple):
     """The logarithms of the CDF and of the survival function (1 less it) at x, and their derivatives.
 
-    ``parameters`` holds a pair for each parameter, of log CDF and of log survival function.
+    ``parameters`` holds a pair for each parameter, of log CDF and of log survival function. If there is a
+    ``stretch``, both derivatives in x have yet to be multiplied by it: next to 0 they can exceed the largest
+    number of the dtype where their weighted sum does not.
     """
 
     log_cdf: Tensor
@@ -30,6 +32,15 @@ class LogCDFDerivatives(NamedTuple):
     cdf_by_x: Tensor
     sf_by_x: Tensor
     parameters: tuple[tuple[Tensor, Tensor], ...] = ()
+    stretch: Tensor | None = None
+
+
+def stretched(by_x: Tensor, stretch: Tensor | None) -> Tensor:
+    """A weighted sum of derivatives in x by what they have yet to be multiplied by, finite in its dtype."""
+    if stretch is None:
+        return by_x
+    largest = torch.finfo(by_x.dtype).max
+    return (by_x * stretch).clamp_(-largest, largest)
 
 
 class PreparedCDF(ABC):
