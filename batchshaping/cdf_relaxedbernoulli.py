@@ -59,8 +59,8 @@ class RelaxedBernoulliCDF(PreparedCDF):
 
     def logs(self, x: Tensor) -> LogCDFDerivatives:
         nearest, inside = nearest_inside(x)
-        slope = (1 - nearest).mul_(nearest).reciprocal_().clamp_max_(torch.finfo(x.dtype).max).mul_(inside)
-        return self.logs_at_logits(torch.logit(nearest))._replace(slope=slope)
+        stretch = (1 - nearest).mul_(nearest).reciprocal_().clamp_max_(torch.finfo(x.dtype).max).mul_(inside)
+        return self.logs_at_logits(torch.logit(nearest))._replace(stretch=stretch)
 
     def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:
         # The CDF is the sigmoid of this, and the derivative of log sigmoid(u) is sigmoid(-u).

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CDFDerivatives", "LogCDFDerivatives", "PreparedCDF", "nearest_inside", "smallest_positive"]
+__all__ = [
+    "CDFDerivatives",
+    "LogCDFDerivatives",
+    "PreparedCDF",
+    "nearest_inside",
+    "smallest_positive",
+    "stretched",
+]
 
 
 class CDFDerivatives(NamedTuple):
@@ -22,10 +29,9 @@ class CDFDerivatives(NamedTuple):
 class LogCDFDerivatives(NamedTuple):
     """The logarithms of the CDF and of the survival function (1 less it) at x, and their derivatives.
 
-    ``parameters`` holds a pair for each parameter, of log CDF and of log survival function.
-
-    The derivatives in x are ``cdf_by_x`` and ``sf_by_x`` times ``slope``, where None is 1. The slope is apart
-    because that of logit(x) is huge near 0: a product that begins with the small factors stays finite.
+    ``parameters`` holds a pair for each parameter, of log CDF and of log survival function. If there is a
+    ``stretch``, both derivatives in x have yet to be multiplied by it: next to 0 they can exceed the largest
+    number of the dtype where their weighted sum does not.
     """
 
     log_cdf: Tensor
@@ -33,17 +39,15 @@ class LogCDFDerivatives(NamedTuple):
     cdf_by_x: Tensor
     sf_by_x: Tensor
     parameters: tuple[tuple[Tensor, Tensor], ...] = ()
-    slope: Tensor | None = None
+    stretch: Tensor | None = None
 
-    def by_x(self, by: Tensor) -> Tensor:
-        """A combination of ``cdf_by_x`` and ``sf_by_x``, written over, as a derivative in x.
 
-        It is the largest number of its dtype where it exceeds that.
-        """
-        if self.slope is None:
-            return by
-        largest = torch.finfo(by.dtype).max
-        return by.mul_(self.slope).clamp_(-largest, largest)
+def stretched(by_x: Tensor, stretch: Tensor | None) -> Tensor:
+    """A weighted sum of derivatives in x by what they have yet to be multiplied by, finite in its dtype."""
+    if stretch is None:
+        return by_x
+    largest = torch.finfo(by_x.dtype).max
+    return (by_x * stretch).clamp_(-largest, largest)
 
 
 class PreparedCDF(ABC):
@@ -70,7 +74,7 @@ class PreparedCDF(ABC):
         """The logarithms at sigmoid(logits), their derivatives in the logits."""
         x, slope = torch.sigmoid(logits), _slope_of_sigmoid(logits)
         at = self.logs(x)
-        return at._replace(slope=slope if at.slope is None else at.slope.mul_(slope))
+        return at._replace(stretch=slope if at.stretch is None else at.stretch.mul_(slope))
 
 
 def _slope_of_sigmoid(logits: Tensor) -> Tensor:

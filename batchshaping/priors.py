@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
 from batchshaping.checks import extent, known_to_hold
-from batchshaping.derivatives import PreparedCDF, nearest_inside
+from batchshaping.derivatives import PreparedCDF, nearest_inside, stretched
 
 __all__ = ["Beta", "ClosedFormPrior", "Normal", "Range", "RelaxedBernoulli", "SymBeta", "check_parameters"]
 
@@ -206,7 +206,8 @@ class _LogTails(torch.autograd.Function):
         value = value.expand(torch.broadcast_shapes(value.shape, *(p.shape for p in parameters)))
         at = prior.prepare(parameters, value.dtype, gradients=True, tails=True).logs(value)
         cdf_by, sf_by = zip(*at.parameters, strict=True)
-        return at.log_cdf, at.log_sf, at.by_x(at.cdf_by_x), *cdf_by, at.by_x(at.sf_by_x), *sf_by
+        stretch = () if at.stretch is None else (at.stretch,)
+        return at.log_cdf, at.log_sf, at.cdf_by_x, *cdf_by, at.sf_by_x, *sf_by, *stretch
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -218,10 +219,15 @@ class _LogTails(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cdf_gradient: Tensor, sf_gradient: Tensor, *_: Any) -> Any:
         half = len(ctx.operands)
-        pairs = zip(ctx.saved_tensors[:half], ctx.saved_tensors[half:], ctx.operands, strict=True)
+        cdf_by, sf_by, stretch = (ctx.saved_tensors[k : k + half] for k in (0, half, 2 * half))
+        by, *by_parameters = (
+            cdf_gradient * cdf + sf_gradient * sf for cdf, sf in zip(cdf_by, sf_by, strict=True)
+        )
         by_value, *by_parameter = (
-            (cdf_gradient * cdf_by + sf_gradient * sf_by).sum_to_size(shape).to(dtype)
-            for cdf_by, sf_by, (shape, dtype) in pairs
+            total.sum_to_size(shape).to(dtype)
+            for total, (shape, dtype) in zip(
+                (stretched(by, *(stretch or (None,))), *by_parameters), ctx.operands, strict=True
+            )
         )
         return by_value, None, *by_parameter
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from batchshaping.derivatives import stretched
 from batchshaping.priors import ClosedFormPrior, Normal
 from batchshaping.ranking import order_statistics, ranks
 from batchshaping.tails import log_tails
@@ -350,7 +351,7 @@ class AndersonDarling(ClosedFormStatistic):
             # No term is negative but by rounding.
             value = mean(at.log_cdf, at.log_sf).sub_(entropy).clamp_min_(0.0).mul_(2)
             by_parameter = tuple(mean(*pair) for pair in at.parameters)
-            return Terms(value, at.by_x(mean(at.cdf_by_x, at.sf_by_x)), by_parameter)
+            return Terms(value, stretched(mean(at.cdf_by_x, at.sf_by_x), at.stretch), by_parameter)
 
         return terms
 

@@ -19,6 +19,7 @@ PACKAGE = Path(batchshaping.__file__).parent
 # From the ground up; a name stands for a module or for a package with all that is in it.
 FLOORS = {
     "numbers": {
+        "beta_density",
         "cdf_beta",
         "cdf_normal",
         "cdf_relaxedbernoulli",
