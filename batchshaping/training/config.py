@@ -58,7 +58,10 @@ MAY_CHANGE = {
     *("accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "threads"),
     "workers",
 }
-"""Settings of the machine and the log, which may change when a run goes on."""
+"""Settings of the machine and the log, which may change when a run goes on.
+
+With other devices or threads, sums are taken in another order and may be rounded differently.
+"""
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
