@@ -158,8 +158,8 @@ def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | N
     finfo = torch.finfo(value.dtype)
     kept = value
     for sign, end, first_end in zip((1, -1), ends, first_ends, strict=True):
-        if not isinstance(end, Tensor) and math.isinf(end):
-            continue
+        if not isinstance(end, Tensor) and abs(end) > finfo.max:
+            continue  # no value comes near
         knee = ((start - first_end) * (sign * _HELD_BACK)).clamp_min(finfo.smallest_normal**0.5)
         distance = (value - end) * sign
         near = distance < knee

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
+from batchshaping.beta_density import LARGEST_CONCENTRATION, SMALLEST_CONCENTRATION
 from batchshaping.checks import extent, known_to_hold
 from batchshaping.derivatives import PreparedCDF, nearest_inside, stretched
 
@@ -41,6 +42,7 @@ class Range(NamedTuple):
 
 
 _POSITIVE = Range("positive and finite", lower=0.0)
+_CONCENTRATION = Range("between 1e-300 and 1e300", SMALLEST_CONCENTRATION, LARGEST_CONCENTRATION)
 _UNIT = Range("between 0 and 1, both excluded", lower=0.0, upper=1.0)
 _REAL = Range("finite")
 
@@ -292,18 +294,18 @@ class Beta(ClosedFormPrior, td.Beta):
     a and b both below 1 give a U shape: values near 0 or near 1, few between, as a gate should have them.
 
     Args:
-        a: first concentration, positive; its ratio to a + b is the mean.
-        b: second concentration, positive, of a shape that broadcasts with a's.
+        a: first concentration, between 1e-300 and 1e300; its ratio to a + b is the mean.
+        b: second concentration, likewise, of a shape that broadcasts with a's.
 
     Raises:
-        ValueError: if a parameter is not positive, or their shapes do not broadcast.
+        ValueError: if a parameter is out of range, or their shapes do not broadcast.
 
     Example:
         >>> Beta(0.6, 0.4).cdf(torch.tensor([0.1, 0.5, 0.9]))
         tensor([0.1297, 0.3841, 0.6951])
     """
 
-    ranges = {"a": _POSITIVE, "b": _POSITIVE}
+    ranges = {"a": _CONCENTRATION, "b": _CONCENTRATION}
 
     def __init__(self, a: Tensor | float, b: Tensor | float, validate_args: bool | None = None) -> None:
         self._set_parameters(validate_args, a=a, b=b)
@@ -366,7 +368,7 @@ class SymBeta(Beta):
         tensor([0.0657, 0.6802, 0.9937])
     """
 
-    ranges = {"a": _UNIT}
+    ranges = {"a": _UNIT._replace(lower=SMALLEST_CONCENTRATION)}
 
     def __init__(self, a: Tensor | float, validate_args: bool | None = None) -> None:
         self._set_parameters(validate_args, a=a)

@@ -194,7 +194,7 @@ def test_whole_numbers_in_a_tensor_move_like_others() -> None:
 def test_fixed_tensors_out_of_range_are_refused_by_name_at_the_next_use() -> None:
     module = bs.BatchShapingLoss(bs.Beta(torch.tensor(0.6), 0.4))
     module.load_state_dict({"a": torch.tensor(-2.0)})
-    with pytest.raises(ValueError, match=r"Beta: a must be positive and finite, received -2$"):
+    with pytest.raises(ValueError, match=r"Beta: a must be between 1e-300 and 1e300, received -2$"):
         module(torch.rand(5))
 
 
@@ -359,7 +359,7 @@ def test_a_tensor_computed_of_parameters_that_have_changed_is_refused() -> None:
 def test_out_of_range_in_the_functional_is_an_error_that_names_the_parameter() -> None:
     p = nn.Parameter(torch.tensor(0.5))
     priors = {
-        "Beta: a must be positive and finite": bs.Beta(p, 0.4),
+        "Beta: a must be between 1e-300 and 1e300": bs.Beta(p, 0.4),
         "SymBeta: a must be between 0 and 1": bs.SymBeta(p),
         "Laplace: scale must be GreaterThan": td.Laplace(torch.tensor(0.0), p),
         "LogNormal: scale must be GreaterThan": td.LogNormal(torch.tensor(0.0), p),
@@ -372,7 +372,7 @@ def test_out_of_range_in_the_functional_is_an_error_that_names_the_parameter() -
     with torch.no_grad():
         p.fill_(math.nan)
     with pytest.raises(ValueError, match="received nan"):
-        bs.batch_shaping(torch.rand(5), priors["Beta: a must be positive and finite"])
+        bs.batch_shaping(torch.rand(5), priors["Beta: a must be between 1e-300 and 1e300"])
 
 
 # The map that keeps a parameter in its range
