@@ -17,7 +17,7 @@ from batchshaping.training.data import Data, batches
 __all__ = ["BINS", "Evaluation", "evaluate"]
 
 BINS = 20
-"""Bins of the histograms of gate probabilities, of equal width over [0, 1]."""
+"""Bins of the histograms of gate probabilities (sigmoid of the logits), of equal width over [0, 1]."""
 
 
 class Evaluation:
@@ -98,7 +98,7 @@ class Evaluation:
                         "accuracy": correct,
                         "multiply_adds": macs,
                         "open": [
-                            [round(share, 4) for share in (layer[index] / examples).tolist()]
+                            [round(share, 4) for share in (layer[index].double() / examples).tolist()]
                             for layer in self.counts.open
                         ],
                     }
