@@ -178,17 +178,17 @@ class Gate(nn.Module):
         """Probability of being open under the present noise and mode, with its gradient.
 
         It is sigmoid(log α / σ), and without noise or in evaluation 1 where log α > 0 and 0 elsewhere. As the
-        noise falls its gradient vanishes, except near 0: penalize
-        :attr:`straight_through_decisions` instead.
+        noise falls its gradient vanishes, except near 0: penalize :attr:`straight_through_decisions` instead.
 
         Raises:
             RuntimeError: as :attr:`probabilities` does.
         """
-        logits = self._read_logits()
-        noise = self.noise if self.training else torch.zeros_like(self.noise)
+        read = self._read_logits()
+        logits = read.to(torch.promote_types(read.dtype, torch.float32))
+        noise = (self.noise if self.training else torch.zeros_like(self.noise)).to(logits.dtype)
         # Infinite without noise, where the probability is a step and its gradient 0.
         scaled = logits / noise.clamp(min=torch.finfo(noise.dtype).tiny)
-        return torch.sigmoid(scaled.masked_fill((noise == 0) & (logits == 0), -math.inf))
+        return torch.sigmoid(scaled.masked_fill((noise == 0) & (logits == 0), -math.inf)).to(read.dtype)
 
     @property
     def decisions(self) -> Tensor:
@@ -254,6 +254,7 @@ class Gate(nn.Module):
         return tracer.call_module(self, forward, args, kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Gate:
+        # No state dict has the noise. So its value outlives what drops values: to_empty, the meta device.
         noise = self.noise
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.noise.is_meta:

@@ -203,6 +203,17 @@ def test_open_probabilities_are_those_of_the_decisions_and_probabilities_those_o
     np.testing.assert_allclose(gate.probabilities[0].detach().numpy(), stats.logistic.cdf(z), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_open_probabilities_in_any_precision_have_a_finite_gradient(dtype: torch.dtype) -> None:
+    gate = Fixed(torch.tensor([-2.0, 0.0, 1e-4, 2.0])).to(dtype)
+    for noise, expected in ((0.0, [0.0, 0.0, 1.0, 1.0]), (0.01, None)):
+        gate.noise.fill_(noise)
+        gate(1)
+        found = gate.open_probabilities
+        assert found.dtype == dtype and (expected is None or found[0].tolist() == expected)
+        assert bool(torch.autograd.grad(found.sum(), gate.logits)[0].isfinite().all())
+
+
 def test_a_gate_can_be_surer_than_its_probability() -> None:
     gate = Fixed(torch.tensor([1.0]))
     gate.noise.fill_(0.1)

@@ -137,7 +137,7 @@ class RunConfig(BaseModel):
     penalty_end: _Share = 0.6
     """Share of training after which the penalty has its weight."""
     penalized: Literal["multiply-adds", "open-gates"] = "multiply-adds"
-    """What is penalized: expected multiply-adds, or the mean probability of gates to be open (L0)."""
+    """What is penalized: the multiply-adds that were spent, or the share of gates that were open (L0)."""
     shaping: _NotNegative = 0.75
     """Weight of the batch-shaping loss at the start; 0 trains without it."""
     shaping_end: Annotated[float, Field(gt=0, le=1)] = 0.2

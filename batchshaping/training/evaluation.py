@@ -18,7 +18,7 @@ from batchshaping.training.threads import suitable_threads, using_threads
 __all__ = ["BINS", "Evaluation", "evaluate"]
 
 BINS = 20
-"""Bins of the histograms of gate probabilities, of equal width over [0, 1]."""
+"""Bins of the histograms of gate probabilities (sigmoid of the logits), of equal width over [0, 1]."""
 
 
 class Evaluation:
@@ -99,7 +99,7 @@ class Evaluation:
                         "accuracy": correct,
                         "multiply_adds": macs,
                         "open": [
-                            [round(share, 4) for share in (layer[index] / examples).tolist()]
+                            [round(share, 4) for share in (layer[index].double() / examples).tolist()]
                             for layer in self.counts.open
                         ],
                     }
