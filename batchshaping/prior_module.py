@@ -21,7 +21,7 @@ from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.transforms import AffineTransform, PowerTransform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
-from batchshaping.checks import extent
+from batchshaping.checks import extent, known_to_hold
 from batchshaping.priors import ClosedFormPrior
 
 __all__ = ["PriorModule", "kept_inside"]
@@ -49,23 +49,23 @@ class PriorModule(nn.Module):
 
     _recipe: Any
     _ranges: dict[str, _Bounds]
-    _foreign: dict[str, _Foreign]
+    _borrowed: dict[str, _Borrowed]
     _names: list[str]
     _started: list[str]
 
     def own(self, prior: Distribution) -> None:
         """Take a prior, whose tensors become those of this module."""
-        inventory = _Inventory(lambda name: hasattr(self, name))
+        inventory = _Inventory(lambda name: hasattr(type(self), name) or hasattr(self, name))
         recipe = _recipe_of(prior, (), inventory)
         self._recipe = recipe if inventory.tensors or inventory.modules else prior
-        self._ranges, self._foreign, self._names = {}, {}, []
+        self._ranges, self._borrowed, self._names = {}, {}, []
         for name, module in inventory.modules.items():
             self.add_module(name, module)
         for name, tensor in inventory.tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
             elif tensor.requires_grad:
-                self._foreign[name] = _Foreign(tensor, name)
+                self._borrowed[name] = _Borrowed(tensor, name)
                 continue
             else:
                 self.register_buffer(name, _copy_of(tensor))
@@ -87,8 +87,8 @@ class PriorModule(nn.Module):
             owned: Distribution = self._recipe
             return owned
         values: dict[str, Tensor] = {name: getattr(self, name) for name in self._names}
-        for name, foreign in self._foreign.items():
-            values[name] = foreign.current()
+        for name, borrowed in self._borrowed.items():
+            values[name] = borrowed.current()
         if self._ranges:
             starts = {**values, **{name: getattr(self, f"{name}_start") for name in self._started}}
             for name, bounds in self._ranges.items():
@@ -114,7 +114,8 @@ class PriorModule(nn.Module):
                 ends = self._ranges[name].at(
                     {n: state_dict.get(f"{prefix}{n}", getattr(self, n)) for n in self._names}
                 )
-                state_dict[key] = value.detach().clone() if _is_inside(value, ends) else own
+                inside = known_to_hold((value > ends[0]) & (value < ends[1]))
+                state_dict[key] = value.detach().clone() if inside else own
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -186,10 +187,6 @@ def _known_to_be_far(value: Tensor, start: Tensor, ends: _Ends, first_ends: _End
     )
 
 
-def _is_inside(value: Tensor, ends: _Ends) -> bool:
-    return bool(((value > ends[0]) & (value < ends[1])).all())
-
-
 @dataclass(frozen=True)
 class _Bounds:
     """The range of a parameter; an end may be another tensor of the prior, by its name."""
@@ -216,8 +213,8 @@ class _Bounds:
         return lower, upper
 
 
-class _Foreign:
-    """A tensor with a graph that is not the module's."""
+class _Borrowed:
+    """A tensor that requires a gradient and stays its owner's."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self.tensor, self.name = tensor, name
@@ -319,7 +316,7 @@ class _Inventory:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     bounds: dict[str, _Bounds] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    _names: dict[int, str] = field(default_factory=dict)
+    _once: dict[int, _Held] = field(default_factory=dict)
 
     def name(self, path: _Path) -> str:
         name = "_".join(path) or "prior"
@@ -327,17 +324,21 @@ class _Inventory:
             name = f"prior_{name}"
         return name
 
-    def hold(self, tensor: Tensor, path: _Path, bounds: _Bounds | None = None) -> _Held:
+    def hold(self, tensor: Tensor, path: _Path, bounds: _Bounds) -> _Held:
+        """Note a tensor under a name of its own."""
         shape = tensor.shape
         base = tensor._base
         if isinstance(base, nn.Parameter) and base.expand(shape).stride() == tensor.stride():
             tensor = base
-        name = self._names.get(id(tensor))
-        if name is None:
-            name = self.name(path)
-            self._names[id(tensor)] = name
-            self.tensors[name], self.bounds[name] = tensor, bounds or _Bounds()
+        name = self.name(path)
+        self.tensors[name], self.bounds[name] = tensor, bounds
         return _Held(name, shape)
+
+    def hold_once(self, tensor: Tensor, path: _Path) -> _Held:
+        """The same, but under one name wherever the same tensor is found."""
+        if id(tensor) not in self._once:
+            self._once[id(tensor)] = self.hold(tensor, path, _Bounds())
+        return self._once[id(tensor)]
 
 
 def _recipe_of(value: Any, path: _Path, inventory: _Inventory) -> Any:
@@ -355,7 +356,7 @@ def _dispatched(value: Any, path: _Path, inventory: _Inventory) -> Any:
 
 @_dispatched.register
 def _(value: Tensor, path: _Path, inventory: _Inventory) -> Any:
-    return inventory.hold(value, path)
+    return inventory.hold_once(value, path)
 
 
 @_dispatched.register(list)
@@ -391,7 +392,12 @@ def _(value: Distribution, path: _Path, inventory: _Inventory) -> Any:
     arguments = _constructor_arguments(value)
     if arguments is None:
         return _copied(value, path, inventory)
-    parts = {name: _recipe_of(part, (*path, name), inventory) for name, part in arguments.items()}
+    parts = {
+        name: inventory.hold(part, (*path, name), _Bounds())
+        if isinstance(part, Tensor)
+        else _recipe_of(part, (*path, name), inventory)
+        for name, part in arguments.items()
+    }
     names = {id(vars(value).get(n)): part.name for n, part in parts.items() if isinstance(part, _Held)}
     for name, part in parts.items():
         if isinstance(part, _Held):
@@ -404,7 +410,7 @@ _NOT_ZERO = {(AffineTransform, "scale"), (PowerTransform, "exponent")}
 
 
 def _copied(value: Any, path: _Path, inventory: _Inventory) -> Any:
-    """The recipe that copies an object, or the object itself if no tensor is in it."""
+    """The recipe that copies an object, or the object itself if no tensor is in it or to come."""
     template, attributes = copy.copy(value), {}
     for name, attribute in list(vars(value).items()):
         if _is_derived(value, name):
@@ -417,7 +423,9 @@ def _copied(value: Any, path: _Path, inventory: _Inventory) -> Any:
         if isinstance(part, _Held) and (type(value), name) in _NOT_ZERO:
             positive = bool((attribute > 0).all())
             inventory.bounds[part.name] = _Bounds(lower=0.0) if positive else _Bounds(upper=0.0)
-    return _Copied(template, attributes) if attributes else value
+    # A transform that remembers values is copied for each use, so that these do not outlive it.
+    remembers = "_cached_x_y" in vars(value)
+    return _Copied(template, attributes) if attributes or remembers else value
 
 
 def _forget(template: Any, name: str) -> None:

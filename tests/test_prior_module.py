@@ -316,6 +316,18 @@ def test_an_optimizer_that_holds_the_users_parameter_learns_it() -> None:
     assert torch.equal(module(x), bs.batch_shaping(x, bs.Beta(a, 0.4)))
 
 
+@pytest.mark.parametrize("family", [bs.Normal, td.Normal, td.Laplace])
+def test_one_parameter_in_two_places_is_in_the_range_of_each(family: Callable[..., td.Distribution]) -> None:
+    p = nn.Parameter(torch.tensor(0.6))
+    module, x = bs.BatchShapingLoss(family(p, p)), values()
+    assert [id(each) for each in module.parameters()] == [id(p)]
+    assert torch.equal(module(x), bs.batch_shaping(x, family(p, p)))
+    with torch.no_grad():
+        p.fill_(-3.0)
+    assert module.prior.loc == -3.0 and module.prior.scale > 0
+    assert bool(module(x).isfinite())
+
+
 def test_losses_that_share_a_parameter_learn_it_together() -> None:
     a = nn.Parameter(torch.tensor(0.6))
     prior = bs.Beta(a, 0.4)
@@ -453,6 +465,15 @@ def test_a_copy_is_independent_and_a_pickled_one_the_same(name: str) -> None:
                 p.mul_(0.9)
         assert not torch.equal(other(x), before)
     assert torch.equal(module(x), before)
+
+
+@pytest.mark.parametrize("statistic", ["cramer_von_mises", "wasserstein"])
+def test_a_transform_that_remembers_values_keeps_none_of_them(statistic: str) -> None:
+    prior, _ = learned("TransformedDistribution with a cache")
+    module, x = bs.BatchShapingLoss(prior, 0, statistic=statistic), values()
+    before = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), before)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), before)
 
 
 @each_prior
