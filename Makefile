@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: ablation ablation-quick bench help env demo figures guide test lint types unit notebooks docs format clean
+.PHONY: ablation ablation-quick bench browser help env demo figures guide test lint types unit notebooks docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,9 @@ demo: $(env) ## Train a small gated network on handwritten digits, with and with
 figures: $(env) ## Repeat the published runs: print their losses, draw them into outputs/
 	$(run) batchshaping.published outputs
 
-test: lint types unit notebooks docs ## Run every check
+# The tests come last, since their last line says what could not be checked.
+test: lint types docs notebooks ## Run every check
+	@$(MAKE) --no-print-directory unit
 
 lint: $(env) ## Check style and formatting (ruff)
 	$(run) ruff check
@@ -31,11 +33,20 @@ types: $(env) ## Check types (mypy, strict)
 	$(run) mypy
 
 # One thread a worker: torch would otherwise start one a core in each of them.
-unit: $(env) ## Run the tests and the examples in the docstrings (pytest)
+unit: $(env) browser ## Run the tests and the examples in the docstrings (pytest)
 	OMP_NUM_THREADS=1 $(run) pytest -n logical --maxprocesses 4 --ignore tests/test_notebooks.py
 
 notebooks: $(env) ## Execute the notebooks (pytest)
 	$(run) pytest tests/test_notebooks.py
+
+# The report is tested in Chromium. Where there is none and it cannot be installed, pytest skips these tests.
+browser: ## Install Chromium for the tests of the report, where root can do so with apt-get
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null && \
+			command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+		echo "Installing chromium and chromium-driver with apt-get"; \
+		apt-get update -qq; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq chromium chromium-driver >/dev/null || true; \
+	fi
 
 # Made anew, so that nothing is left of what is gone; a warning is an error.
 docs: $(env) ## Build the site into docs/_build/html, strictly (sphinx)

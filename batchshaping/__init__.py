@@ -28,6 +28,7 @@ from batchshaping.gates import (
     gate_statistics,
     gates_forced,
     l0_penalty,
+    straight_through_decisions,
 )
 from batchshaping.priors import Beta, Normal, RelaxedBernoulli, SymBeta
 from batchshaping.sliced import SlicedBatchShapingLoss
@@ -61,4 +62,5 @@ __all__ = [
     "gated_resnet56",
     "gates_forced",
     "l0_penalty",
+    "straight_through_decisions",
 ]

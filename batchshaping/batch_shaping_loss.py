@@ -14,7 +14,8 @@ ranks, F and the density f, all at hand after the sort, so that the forward pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from batchshaping.cdf_beta import clip_density, to_front
-from batchshaping.checks import known_to_hold
+from batchshaping.checks import check_values, is_index, known_to_hold
 from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 from batchshaping.distributed import Collect, Columns, Deal, Group, resolve_group
 from batchshaping.memory import Memory
-from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli, SymBeta
+from batchshaping.prior_module import PriorModule
+from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli, SymBeta, check_parameters
 from batchshaping.statistics import STATISTICS, ClosedFormStatistic, Statistic
 
 __all__ = ["BatchShapingLoss", "GeneralizedBatchShapingLoss", "Prior", "batch_shaping", "gbas_loss"]
@@ -46,16 +48,18 @@ def _compiled_loss_and_gradients(
     current: Tensor | None,
     parameters: Sequence[Tensor],
     statistic: str,
-    arguments: Sequence[float],
     prior: str,
     ties: bool,
     logits: bool,
     needs_x: bool,
     needs_parameters: bool,
 ) -> list[Tensor]:
-    """A statistic and its gradients as one opaque operation, for torch.compile."""
-    method = ClosedFormStatistic.by_name[statistic](*arguments).loss_and_gradients
-    family = ClosedFormPrior.by_name[prior]
+    """A statistic and its gradients as one opaque operation, for torch.compile.
+
+    The statistic and the family of the prior are given by their keys.
+    """
+    method = ClosedFormStatistic.by_key(statistic).loss_and_gradients
+    family = ClosedFormPrior.by_key[prior]
     return method(x, count, current, parameters, family, ties, logits, needs_x, needs_parameters)
 
 
@@ -66,7 +70,6 @@ def _(
     current: Tensor | None,
     parameters: Sequence[Tensor],
     statistic: str,
-    arguments: Sequence[float],
     prior: str,
     ties: bool,
     logits: bool,
@@ -76,6 +79,22 @@ def _(
     arrays = x.shape[:-1]
     by_parameter = [x.new_empty(arrays if needs_parameters else 0) for _ in parameters]
     return [x.new_empty(arrays), x.new_empty(x.shape if needs_x else 0), x.new_empty(arrays), *by_parameter]
+
+
+def _loss_and_gradients(
+    x: Tensor,
+    count: Tensor | None,
+    current: Tensor | None,
+    statistic: ClosedFormStatistic,
+    prior: type[ClosedFormPrior],
+    flags: tuple[bool, bool, bool, bool],
+    parameters: tuple[Tensor, ...],
+) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        which = statistic.key, prior.key
+        opaque: list[Tensor] = _compiled_loss_and_gradients(x, count, current, parameters, *which, *flags)
+        return opaque
+    return statistic.loss_and_gradients(x, count, current, parameters, prior, *flags)
 
 
 class _ClosedFormLoss(torch.autograd.Function):
@@ -94,10 +113,7 @@ class _ClosedFormLoss(torch.autograd.Function):
         flags: tuple[bool, bool, bool, bool],
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():
-            which = statistic.name, list(statistic.arguments), prior.name
-            return tuple(_compiled_loss_and_gradients(x, count, current, parameters, *which, *flags))
-        return tuple(statistic.loss_and_gradients(x, count, current, parameters, prior, *flags))
+        return tuple(_loss_and_gradients(x, count, current, statistic, prior, flags, parameters))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -149,11 +165,12 @@ def _loss(
     logits: bool,
 ) -> Tensor:
     """The loss of each array, in closed form where there is one."""
-    if not isinstance(statistic, ClosedFormStatistic) or not isinstance(prior, ClosedFormPrior):
-        if logits:
-            # What is masked stays infinite.
-            x = torch.where(x == torch.inf, x, torch.sigmoid(x)) if count is not None else torch.sigmoid(x)
-        return statistic.loss(x, count, current, ties, prior)
+    if (
+        not isinstance(statistic, ClosedFormStatistic)
+        or not isinstance(prior, ClosedFormPrior)
+        or not (statistic.in_closed_form and prior.in_closed_form)
+    ):
+        return statistic.loss(x, count, current, ties, prior, logits)
     parameters = prior.parameters
     graph = torch.is_grad_enabled()
     # A tensor that vmap maps does not tell whether a transform outside of vmap differentiates in it.
@@ -162,6 +179,9 @@ def _loss(
     needs_parameters = graph and (unknown or any(p.requires_grad for p in parameters))
     flags = (ties, logits, needs_x, needs_parameters)
     family = type(prior)
+    if torch.compiler.is_compiling() and not (needs_x or needs_parameters):
+        # A compiler miscounts the operands of a function that needs no gradient.
+        return _loss_and_gradients(x, count, current, statistic, family, flags, parameters)[0]
     outputs: tuple[Tensor, ...] = _ClosedFormLoss.apply(
         x, count, current, statistic, family, flags, *parameters
     )
@@ -196,8 +216,8 @@ def batch_shaping(
         statistic: "cramer_von_mises" (the formula above), "anderson_darling" or "wasserstein", or a
             :class:`~batchshaping.statistics.Statistic` of one's own.
         mask: booleans that broadcast to x's shape; values where it is False are left out.
-        ties: whether equal values share the largest of their ranks, as in the exact empirical CDF, instead of
-            taking consecutive ones.
+        ties: whether equal values of x share the largest of their ranks, as in the exact empirical CDF,
+            instead of taking consecutive ones.
         logits: whether x are logits, of which the prior's values are the sigmoid: the loss of sigmoid(x), and
             a gradient that does not vanish where the sigmoid saturates.
         reduction: "mean" or "sum" over the arrays, or "none" for one loss each.
@@ -244,10 +264,10 @@ def _batch_shaping(
 ) -> Tensor:
     """:func:`batch_shaping` with a memory of past batches."""
     _check_prior(prior)
+    check_parameters(prior)
     chosen = _statistic(statistic)
     reduce = _reduction(reduction)
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, received {x.dtype}")
+    check_values(x)
     dims = _canonical(dim, x.ndim)
     arrays = _samples_last(x, dims)
     shape = arrays.shape[:-1]
@@ -257,34 +277,38 @@ def _batch_shaping(
         mask = _samples_last(_like(x, mask), dims)
         count = mask.sum(dim=-1)
         arrays = arrays.masked_fill(~mask, torch.inf)
-    samples, current = arrays.shape[-1], None
+    seen, own_count, samples = arrays, count, arrays.shape[-1]
+    current = None
     if memory is not None:
         arrays, count = memory.join(arrays, count)
         current = torch.arange(arrays.shape[-1], device=x.device) < samples
     process_group = resolve_group(group)
     columns = None
-    if process_group is not None:
+    if process_group is None:
+        _check_samples(samples, own_count, dim, x.shape)
+    else:
         arrays = arrays.reshape(shape.numel(), arrays.shape[-1])
         columns = Columns(arrays, samples, count is not None, process_group)
+        _check_samples(sum(columns.now), None, dim, x.shape)
         if columns.differentiable and not arrays.requires_grad:
             # This rank still has to send the gradients of its arrays to the ranks that ask for them.
             arrays = arrays.detach().requires_grad_()
         current = columns.current if memory is not None else None
         if columns.masked:
-            local = arrays.new_full(arrays.shape[:1], arrays.shape[1], dtype=torch.int64)
-            count = columns.total(local if count is None else count.flatten())
+            everything = arrays.new_full(arrays.shape[:1], arrays.shape[1], dtype=torch.int64)
+            if memory is not None:
+                # Arrays need samples in this batch, whatever is remembered of them.
+                now = torch.full_like(everything, samples) if own_count is None else own_count.flatten()
+                columns.total(now)
+            count = columns.total(everything if count is None else count.flatten())
         arrays = Deal.apply(arrays, columns)
         prior = _of_arrays(prior, shape, columns.own)
-    if arrays.shape[-1] == 0:
-        raise ValueError(f"no samples along dim={dim} of x with shape {tuple(x.shape)}")
-    if count is not None and not known_to_hold(count > 0):
-        raise ValueError(
-            f"mask leaves an array without samples along dim={dim} of x with shape {tuple(x.shape)}"
-        )
     working = arrays.float() if arrays.dtype in (torch.float16, torch.bfloat16) else arrays
     loss = _loss(chosen, prior, working, count, current, ties, logits)
     if columns is not None:
         loss = Collect.apply(loss, columns).reshape(shape)
+    if memory is not None:
+        memory.remember(seen, own_count)
     return reduce(loss).to(x.dtype)
 
 
@@ -302,27 +326,44 @@ def _of_arrays(prior: Distribution, shape: torch.Size, arrays: slice) -> Distrib
 def _statistic(statistic: str | Statistic) -> Statistic:
     if isinstance(statistic, Statistic):
         return statistic
-    if statistic not in STATISTICS:
+    if not isinstance(statistic, str) or statistic not in STATISTICS:
         known = ", ".join(map(repr, STATISTICS))
         raise ValueError(f"statistic must be one of {known} or a Statistic, received {statistic!r}")
     return STATISTICS[statistic]
 
 
 def _reduction(reduction: str) -> Callable[[Tensor], Tensor]:
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         known = ", ".join(map(repr, _REDUCTIONS))
         raise ValueError(f"reduction must be one of {known}, received {reduction!r}")
     return _REDUCTIONS[reduction]
+
+
+def _check_samples(
+    samples: int, count: Tensor | None, dim: int | Sequence[int] | None, shape: torch.Size
+) -> None:
+    if samples == 0:
+        raise ValueError(f"no samples along dim={dim} of x with shape {tuple(shape)}")
+    if count is not None and not known_to_hold(count > 0):
+        raise ValueError(
+            f"mask leaves an array without samples along dim={dim} of x with shape {tuple(shape)}"
+        )
 
 
 def _check_prior(prior: object) -> None:
     known = "Beta, SymBeta, RelaxedBernoulli, Normal or any torch.distributions.Distribution with a cdf"
     if not isinstance(prior, Distribution):
         raise ValueError(f"prior must be {known}, received {prior!r}")
-    if type(prior).cdf is Distribution.cdf:
+    if not _has_cdf(prior):
         raise ValueError(f"prior must be {known}, received {type(prior).__name__}, which has none")
     if prior.event_shape:
         raise ValueError(f"prior must be univariate, received event_shape {tuple(prior.event_shape)}")
+
+
+def _has_cdf(prior: Distribution) -> bool:
+    """Whether there is a CDF; that of a transformed distribution is made of the one of its base."""
+    base = vars(prior).get("base_dist")
+    return type(prior).cdf is not Distribution.cdf and (not isinstance(base, Distribution) or _has_cdf(base))
 
 
 def _check_broadcast(
@@ -341,7 +382,12 @@ def _check_broadcast(
 
 def _canonical(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """The sample dimensions, counted from the front and in order."""
-    dims = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    named: Iterable[Any] = () if dim is None else (dim,)
+    if isinstance(dim, Iterable) and not is_index(dim):
+        named = tuple(dim)
+    if not all(map(is_index, named)):
+        raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")
+    dims = tuple(map(operator.index, named))
     if not dims:  # as in torch, none named means all
         return tuple(range(ndim))
     span = max(ndim, 1)
@@ -365,6 +411,8 @@ def _samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _like(x: Tensor, mask: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, received a {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be boolean, received {mask.dtype}")
     try:
@@ -375,11 +423,14 @@ def _like(x: Tensor, mask: Tensor) -> Tensor:
         ) from None
 
 
-class BatchShapingLoss(nn.Module):
+class BatchShapingLoss(PriorModule):
     """The batch-shaping loss as a module; see :func:`batch_shaping` for the formula and the arguments.
 
-    A prior made with ``nn.Parameter`` s is learned: the module registers them under their names, so that
-    ``parameters()`` finds them and ``state_dict()`` keeps them.
+    The module owns the prior: its tensors are buffers of the module, or parameters if they were made as
+    ``nn.Parameter``, under the names of the prior's arguments. They move with the module, are in
+    ``state_dict()``, and may be parametrized. Numbers have no state. Learned parameters start where they
+    were and cannot leave their range; ``prior`` has their values. See
+    :class:`~batchshaping.prior_module.PriorModule`.
 
     Args:
         prior: a distribution with a ``cdf``.
@@ -391,15 +442,20 @@ class BatchShapingLoss(nn.Module):
         group: process group over which the batch extends, or "world".
         history: how many past batches to remember, for batches too small to tell how their values are
             distributed: the current samples are ranked among the remembered ones, and the loss is the mean
-            over the current. The memory is filled in training only, and kept in ``state_dict()``.
+            over the current. The memory is filled in training only, by batches without a NaN, and kept in
+            ``state_dict()``.
 
     Raises:
-        ValueError: if the prior is not a distribution with a CDF, or the reduction is unknown.
+        ValueError: if the prior is not a distribution with a CDF, or the reduction or the statistic is
+            unknown.
+        TypeError: if the history is not a whole number.
 
     Example:
-        >>> loss = BatchShapingLoss(Beta(0.6, 0.4), dim=0)
+        >>> loss = BatchShapingLoss(Beta(nn.Parameter(torch.tensor(0.6)), 0.4), dim=0)
         >>> loss(torch.tensor([[0.1, 0.9], [0.5, 0.8], [0.9, 0.7]]))
-        tensor(0.0187)
+        tensor(0.0187, grad_fn=<MeanBackward0>)
+        >>> [name for name, _ in loss.named_parameters()]
+        ['a']
     """
 
     def __init__(
@@ -418,23 +474,14 @@ class BatchShapingLoss(nn.Module):
         _check_prior(prior)
         _statistic(statistic)
         _reduction(reduction)
+        if not is_index(history):
+            raise TypeError(f"history must be a whole number of batches, received {history!r}")
         if history < 0:
             raise ValueError(f"history must be a number of batches, received {history}")
-        self.memory = Memory(history) if history else None
+        self.memory = Memory(operator.index(history)) if history else None
         self.dim, self.statistic = dim, statistic
         self.ties, self.logits, self.reduction, self.group = ties, logits, reduction, group
-        self._prior = prior
-        for name, value in vars(prior).get("_given", vars(prior)).items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-
-    @property
-    def prior(self) -> Distribution:
-        """The prior, with the parameters that this module has now."""
-        learned = dict(self.named_parameters(recurse=False))
-        if learned and isinstance(self._prior, ClosedFormPrior):
-            return self._prior.replace(**learned)
-        return self._prior
+        self.own(prior)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of x, over the values where the mask is True."""
@@ -453,7 +500,7 @@ class BatchShapingLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.prior}, dim={self.dim}, statistic={self.statistic!r}, ties={self.ties}, "
+            f"{self._shown()}, dim={self.dim}, statistic={self.statistic!r}, ties={self.ties}, "
             f"logits={self.logits}, reduction={self.reduction!r}"
         )
 
@@ -519,11 +566,9 @@ class GeneralizedBatchShapingLoss(nn.Module):
     ) -> None:
         super().__init__()
         hyperprior = Beta(3, 7) if hyperprior is None else hyperprior
-        _check_prior(hyperprior)
         _statistic(statistic)
-        _statistic(hyperprior_statistic)
-        self.hyperprior, self.dim = hyperprior, dim
-        self.statistic, self.hyperprior_statistic = statistic, hyperprior_statistic
+        self.mean_shaping = BatchShapingLoss(hyperprior, statistic=hyperprior_statistic)
+        self.dim, self.statistic = dim, statistic
         self.ties, self.logits, self.group = ties, logits, group
         self.hyperprior_weight, self.temperature_weight = hyperprior_weight, temperature_weight
         size = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -551,8 +596,14 @@ class GeneralizedBatchShapingLoss(nn.Module):
         """The priors as they are now, one an array."""
         return RelaxedBernoulli(self.mean, self.temperature, validate_args=False)
 
+    @property
+    def hyperprior(self) -> Distribution:
+        """The prior of the means as it is now."""
+        return self.mean_shaping.prior
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The total loss of x, over the values where the mask is True."""
+        check_values(x)
         left = tuple(s for d, s in enumerate(x.shape) if d not in _canonical(self.dim, x.ndim))
         if left != tuple(self.mean_logits.shape):
             raise ValueError(
@@ -569,18 +620,17 @@ class GeneralizedBatchShapingLoss(nn.Module):
             logits=self.logits,
             group=self.group,
         )
-        hyperprior_loss = self.hyperprior_weight * batch_shaping(
-            self.mean, self.hyperprior, statistic=self.hyperprior_statistic
-        )
+        hyperprior_loss = self.hyperprior_weight * self.mean_shaping(self.mean)
         penalty = self.temperature_weight * self.temperature.mean()
         self.prior_loss = prior_loss.detach()
         self.hyperprior_loss = hyperprior_loss.detach()
         self.temperature_penalty = penalty.detach()
-        return prior_loss + hyperprior_loss + penalty
+        total: Tensor = prior_loss + hyperprior_loss + penalty
+        return total
 
     def extra_repr(self) -> str:
         return (
-            f"shape={tuple(self.mean_logits.shape)}, hyperprior={self.hyperprior}, dim={self.dim}, "
+            f"shape={tuple(self.mean_logits.shape)}, dim={self.dim}, "
             f"hyperprior_weight={self.hyperprior_weight}, temperature_weight={self.temperature_weight}"
         )
 
@@ -652,6 +702,9 @@ _PUBLISHED: dict[Prior, tuple[Callable[..., ClosedFormPrior], Callable[..., Clos
     Prior.NORMAL: (Normal, Normal),
 }
 
+# As published, the flag of gbas_loss concerns these families only.
+_LEARNED_ON_REQUEST = {Prior.SYMBETA, Prior.BETA}
+
 
 def gbas_loss(
     x_in: Tensor,
@@ -671,8 +724,10 @@ def gbas_loss(
         x_in: values of any shape and floating dtype.
         prior: family of the prior.
         prior_param1: its first parameter: a number, a 0-d tensor, or a 1-d tensor with one value an array.
-        prior_param2: its second parameter, likewise; not read for SYMBETA.
-        trainable_prior_params: whether the parameters get gradients.
+        prior_param2: its second parameter, likewise; None for SYMBETA, whose second parameter is 1 less the
+            first.
+        trainable_prior_params: whether parameters of SYMBETA and BETA get gradients. Those of
+            RELAXED_BERNOULLI and NORMAL get theirs whenever they require them.
         dim: the dimension that indexes the arrays; None takes all values as one array.
         handle_ties: whether equal values share the largest of their ranks.
 
@@ -680,7 +735,8 @@ def gbas_loss(
         The mean loss of the arrays, a scalar.
 
     Raises:
-        ValueError: if the prior is unknown, or a parameter is missing, out of range or of another shape.
+        ValueError: if the prior is unknown, or a parameter is missing, not one of this prior, out of range
+            or of another shape.
 
     Example:
         >>> gbas_loss(torch.tensor([0.1, 0.2, 0.4]), Prior.BETA, 2, 6)
@@ -690,10 +746,10 @@ def gbas_loss(
         raise ValueError(f"prior must be one of {', '.join(map(str, Prior))}, received {prior!r}")
     if prior_param2 is None and prior is not Prior.SYMBETA:
         raise ValueError(f"prior_param2 must be given for {prior}, received None")
-    parameters = [
-        p.detach() if isinstance(p, Tensor) and not trainable_prior_params else p
-        for p in (prior_param1, prior_param2)
-    ]
+    if prior_param2 is not None and prior is Prior.SYMBETA:
+        raise ValueError(f"prior_param2 must be None for {prior}, received {prior_param2}")
+    fixed = prior in _LEARNED_ON_REQUEST and not trainable_prior_params
+    parameters = [p.detach() if isinstance(p, Tensor) and fixed else p for p in (prior_param1, prior_param2)]
     arrays = x_in.reshape(1, -1) if dim is None else x_in.movedim(dim, 0).reshape(x_in.shape[dim], -1)
     meant, published = _PUBLISHED[prior]
     return batch_shaping(arrays, published(*meant(*parameters).parameters), dim=1, ties=handle_ties)

@@ -24,7 +24,19 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF, nearest_inside
+from batchshaping.beta_density import (
+    SMALL,
+    SMALLEST_CONCENTRATION,
+    Mean,
+    digamma_remainder,
+    hazard,
+    log1p_less,
+    log_beta,
+    log_density,
+    small_tail,
+    valid_concentration,
+)
+from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
 
 __all__ = [
     "BetaCDF",
@@ -44,34 +56,15 @@ _LARGE_EXPONENT = 4.0
 _LARGE_TOTAL = 8.0
 # and above this sum, float64.
 _FLOAT32_LIMIT = 112.0
+# Up to here, the fraction alone takes the least time.
+_FRACTION_LIMIT = 1000.0
+# Where there are larger parameters, or there may be, it takes those up to here, and quadrature the others.
+_SHORT_FRACTION_LIMIT = 50.0
 _CHUNK = 2**14
 _TILE = 2**18
-_NEWTON_STEPS = 15
-_STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
-
-
-def _stirling_remainder(z: Tensor) -> Tensor:
-    r"""Log Gamma(z) less its Stirling approximation (z - 1/2) log z - z + log(2 pi) / 2."""
-    large = z.clamp_min(10.0)
-    inverse_square = large.pow(-2)
-    series = torch.zeros_like(large)
-    for coefficient in reversed(_STIRLING):
-        series = series * inverse_square + coefficient
-    small = z.clamp_max(10.0)
-    exact = torch.lgamma(small) - ((small - 0.5) * small.log() - small + 0.5 * math.log(2 * math.pi))
-    return torch.where(z < 10.0, exact, series / large)
-
-
-def log_beta(a: Tensor, b: Tensor) -> Tensor:
-    """The logarithm of B(a, b), without the cancellation of three log-gammas at large a and b."""
-    total = a + b
-    return (
-        0.5 * math.log(2 * math.pi)
-        + (_stirling_remainder(a) + _stirling_remainder(b) - _stirling_remainder(total))
-        + (a - 0.5) * (a / total).log()
-        + (b - 0.5) * (b / total).log()
-        - 0.5 * total.log()
-    )
+_INVERSE_TILE = 2**15
+_INVERSE_STEPS = 12
+_EPS = torch.finfo(torch.float64).eps
 
 
 class _Parts(NamedTuple):
@@ -87,15 +80,13 @@ class _Parts(NamedTuple):
     b: Tensor | None = None
 
 
-def _steps(p: Tensor, precise: bool, gradients: bool) -> int:
+def _steps(largest: float, precise: bool, gradients: bool) -> int:
     """How many steps of the fraction reach float64 (precise) or float32 precision, for every q.
 
     Measured against 600 steps for p and q in [0.001, 3000] at the split, where convergence is slowest; the
-    count grows like the cube root of p. A parameter whose value cannot be read without stopping the device
-    gets what p = 1000 needs.
+    count grows like the cube root of p.
     """
-    largest = float(p.max()) if p.device.type == "cpu" and p.numel() else 1000.0
-    root = max(largest, 0.0) ** (1 / 3) if math.isfinite(largest) else 0.0
+    root: float = largest ** (1 / 3)
     if precise:
         return math.ceil(10 + 7.5 * root)
     return math.ceil(5 + 3.4 * root if gradients else max(4 + 2.9 * root, 3 + 3.3 * root))
@@ -105,33 +96,49 @@ class _Fraction:
     """The continued fraction as a function of y, at most (p + 1) / (p + q + 2), with its coefficients made.
 
     t_n = p + 2 n + slope_n y + factor_n y^2 / t_{n+1}. Returned is t_0, with gradients its derivatives in p
-    and in q too. The coefficients have the shape of the parameters; for one pair without gradients they are
-    numbers, which makes two passes over y a step instead of five.
+    and in q too; that in p is less t_0 / p, to which the rest is nothing where p is tiny. The coefficients
+    have the shape of the parameters; for one pair without gradients they are numbers, which makes two passes
+    over y a step instead of five.
 
     Where p is large, p + slope_0 y cancels near the mean. There the lines are taken in the offset of y from a
-    centre, in which they are exact; elsewhere the centre is 0 and the offset y itself.
+    centre, in which they are exact; elsewhere the centre is 0 and the offset y itself. Where q is huge, y is
+    given in a unit that is as small.
     """
 
     def __init__(
-        self, p: Tensor, q: Tensor, steps: int, gradients: bool, centre: Tensor, working: torch.dtype
+        self,
+        p: Tensor,
+        q: Tensor,
+        steps: int,
+        gradients: bool,
+        working: torch.dtype,
+        centre: Tensor | float = 0.0,
+        unit: Tensor | float = 1.0,
     ) -> None:
         n = torch.arange(steps, dtype=p.dtype, device=p.device).reshape(-1, *[1] * p.ndim)
         # The first slope has no term over p - 1, which may be zero.
         odd, even = p + (2 * n + 1), torch.where(n > 0, p + (2 * n - 1), 1.0)
-        product = (p + n) * (p + q + n)
+        # p, q and n in that unit, by which every slope is smaller, and every factor twice.
+        in_p, in_q, in_n = p * unit, q * unit, n * unit
+        rising, falling, next_falling = p + n, in_q - in_n, in_q - (in_n + unit)
+        product = rising * (in_p + in_q + in_n)
         weight = (n + 1) / odd.square()
         first = n / even
-        slope = first * (q - n) - product / odd
+        slope = first * falling - product / odd
         self.constant = (p + 2 * n + slope * centre).to(working)
         self.slope = slope.to(working)
-        self.factor = (product * weight * (q - n - 1)).to(working)
+        self.factor = (product * weight * next_falling).to(working)
         self._method: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self._fold_many
         if gradients:
-            product_p = 2 * p + q + 2 * n
-            slope_p = product / odd.square() - product_p / odd - first * (q - n) / even
-            self.slope_p, self.slope_q = slope_p.to(working), (first - (p + n) / odd).to(working)
-            self.factor_p = (weight * (q - n - 1) * (product_p - 2 * product / odd)).to(working)
-            self.factor_q = (weight * (p + n) * (p + 2 * q - 1)).to(working)
+            product_p = (2 * in_p + in_q) + 2 * in_n
+            slope_p = product / odd.square() - product_p / odd - first * falling / even
+            factor_p = weight * next_falling * (product_p - 2 * product / odd)
+            # Of t_0 = p (1 + ...) what is in the brackets, times p.
+            slope_p[0] = p * next_falling[0] / odd[0].square()
+            factor_p[0] = slope_p[0] * (unit - in_p - 2 * in_q) / odd[0]
+            self.slope_p, self.slope_q = slope_p.to(working), ((first - rising / odd) * unit).to(working)
+            self.factor_p = factor_p.to(working)
+            self.factor_q = (weight * rising * ((in_p - unit + 2 * in_q) * unit)).to(working)
             self._method = self._fold_gradients
         if p.numel() == 1 and p.device.type == "cpu":
             tables = (self.slope, self.factor, *((self.slope_p, self.slope_q) if gradients else ()))
@@ -157,7 +164,7 @@ class _Fraction:
     def _fold_one_with_gradients(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         if not y.is_cpu:
             return self._fold_gradients(y, offset)
-        constant, one = self.constant.reshape(-1), torch.ones((), dtype=y.dtype)
+        constant, one = self.constant.reshape(-1), y.new_ones(())
         y_square = y * y
         slope, _, slope_p, slope_q, *_ = self.numbers[-1]
         t = torch.add(constant[-1], offset, alpha=slope)
@@ -167,7 +174,7 @@ class _Fraction:
             slope, factor, slope_p, slope_q, factor_p, factor_q = self.numbers[k]
             torch.div(y_square, t, out=ratio)
             torch.div(ratio, t, out=decay).mul_(-factor)
-            t_p.mul_(decay).add_(y, alpha=slope_p).add_(ratio, alpha=factor_p).add_(1.0)
+            t_p.mul_(decay).add_(y, alpha=slope_p).add_(ratio, alpha=factor_p).add_(float(k > 0))
             t_q.mul_(decay).add_(y, alpha=slope_q).add_(ratio, alpha=factor_q)
             torch.add(constant[k], offset, alpha=slope, out=t).add_(ratio, alpha=factor)
         return t, t_p, t_q
@@ -196,13 +203,263 @@ class _Fraction:
         for k in range(len(self.slope) - 2, -1, -1):
             torch.div(y_square, t, out=ratio)
             torch.div(ratio, t, out=decay).mul_(-self.factor[k])
-            torch.mul(y, self.slope_p[k], out=line).add_(1.0)
+            torch.mul(y, self.slope_p[k], out=line).add_(float(k > 0))
             t_p.mul_(decay).add_(line).addcmul_(ratio, self.factor_p[k])
             t_q.mul_(decay).add_(torch.mul(y, self.slope_q[k], out=line)).addcmul_(ratio, self.factor_q[k])
             torch.mul(offset, self.slope[k], out=t)
             t += self.constant[k]
             t += ratio.mul_(self.factor[k])
         return t, t_p, t_q
+
+
+class _Point(NamedTuple):
+    """Where the CDF is asked for: x, 1 - x, their logarithms less constants, and what these make of them."""
+
+    x: Tensor
+    complement: Tensor
+    log_x: Tensor
+    log_complement: Tensor
+    exponent: Tensor
+    range: tuple[float, float] = (0.0, 1.0)
+    """The least and the greatest x, where reading them is free."""
+    deviations: tuple[Tensor, ...] = ()
+    """x over the mean, and 1 - x over its mean, both less 1."""
+
+
+class _Rate(NamedTuple):
+    """The density of logit(x) over the tail: the derivative of the tail's logarithm in the logit, up to sign.
+
+    With gradients, the derivatives of the tail's logarithm in a, less that of x^a, and in b, less that of
+    (1 - x)^b.
+    """
+
+    in_right: Tensor
+    value: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    if not (x.is_cpu and x.numel()):
+        return 0.0, 1.0
+    least, greatest = torch.aminmax(x)
+    return float(least), float(greatest)
+
+
+class _ByFraction:
+    """The tails by a continued fraction on each side, for parameters known to be of ordinary size.
+
+    The numbers of a point are in float32 where that is precise enough.
+    """
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        largest: tuple[float, float],
+        dtype: torch.dtype,
+        gradients: bool,
+        tails: bool,
+    ) -> None:
+        self.shape, self.gradients = a.shape, gradients
+        total = a + b
+        # In float32 a log x is precise where it is small, and a log(x / mean) near the mean.
+        sizes = (-a * (a / total).log(), -b * (b / total).log(), total)
+        limits = (_LARGE_EXPONENT, _LARGE_EXPONENT, _LARGE_TOTAL)
+        above = [(s > limit).flatten() for s, limit in zip(sizes, limits, strict=True)]
+        single = dtype == torch.float32 and bool((total <= _FLOAT32_LIMIT).all())
+        single = single and all(bool((large == (large[0] and not tails)).all()) for large in above)
+        self.working = working = torch.float32 if single else torch.float64
+        self.large_a, self.large_b, self.centred = (single and bool(large[0]) for large in above)
+        centre = (a / total).to(working)
+        self.centre, self.far_centre = centre, 1 - centre
+        self.a, self.b = a.to(working), b.to(working)
+        self.numbers = (float(self.a), float(self.b)) if a.ndim == 0 else None
+        self.split = ((a + 1) / (total + 2)).to(working)
+        self.split_range = _range(self.split)
+        # The exponent is taken relative to the centre, where it is 0: the rest of 1 / B(a, b) multiplies.
+        log_centre, log_far = centre.double().log(), torch.log1p(-centre.double())
+        self.scale = (a * log_centre + b * log_far - log_beta(a, b)).exp().to(working)
+        self.peak = (a * log_centre * (not self.large_a) + b * log_far * (not self.large_b)).to(working)
+        precise = dtype == torch.float64
+        steps = [_steps(p, precise, gradients) for p in largest]
+        centres = (centre.double(), 1 - centre.double()) if self.centred else (0.0, 0.0)
+        self.left = _Fraction(a, b, steps[0], gradients, working, centres[0])
+        self.right = _Fraction(b, a, steps[1], gradients, working, centres[1])
+        if gradients:
+            digamma_total = torch.digamma(total)
+            self.shift_a = (digamma_total - torch.digamma(a + 1) + log_centre * self.large_a).to(working)
+            self.shift_b = (digamma_total - torch.digamma(b + 1) + log_far * self.large_b).to(working)
+            self.inverse_a, self.inverse_b = (1 / a).to(working), (1 / b).to(working)
+
+    def from_values(self, x: Tensor, lowest: float) -> _Point:
+        x = x.to(self.working).clamp(0.0, 1.0)
+        offset = x - self.centre if self.large_a or self.large_b else x
+        log_x = torch.log1p(offset / self.centre) if self.large_a else x.log()
+        log_complement = torch.log1p(offset / -self.far_centre) if self.large_b else torch.log1p(-x)
+        if lowest > -math.inf:
+            log_x.clamp_min_(lowest)
+        exponent = self._exponent(log_x, log_complement)
+        return _Point(x, 1.0 - x, log_x, log_complement, exponent, _range(x))
+
+    def from_logits(self, logits: Tensor) -> _Point:
+        logits = logits.to(self.working)
+        log_x, log_complement = (torch.nn.functional.logsigmoid(v) for v in (logits, -logits))
+        if self.large_a:
+            log_x = log_x - self.centre.log()
+        if self.large_b:
+            log_complement = log_complement - self.far_centre.log()
+        x, exponent = torch.sigmoid(logits), self._exponent(log_x, log_complement)
+        return _Point(x, torch.sigmoid(-logits), log_x, log_complement, exponent, _range(x))
+
+    def _exponent(self, log_x: Tensor, log_complement: Tensor) -> Tensor:
+        """The exponent of x^a (1 - x)^b relative to the centre; with numbers it takes half of the passes."""
+        if self.numbers is not None and log_x.is_cpu:
+            a, b = self.numbers
+            return torch.add(-self.peak, log_x, alpha=a).add_(log_complement, alpha=b)
+        return (log_x * self.a).sub_(self.peak).add_(log_complement * self.b)
+
+    def rate(self, point: _Point) -> _Rate:
+        x = point.x
+        shape = torch.broadcast_shapes(self.shape, x.shape)
+        least, greatest = point.range
+        some_left, some_right = not least > self.split_range[1], not greatest <= self.split_range[0]
+        left: tuple[Tensor | None, ...] = (None, None, None)
+        right = left
+        if some_left:
+            y = torch.minimum(x, self.split).expand(shape)
+            left = self.left(y, y - self.centre if self.centred else y)
+        if some_right:
+            y = torch.minimum(point.complement, 1 - self.split).expand(shape)
+            right = self.right(y, self.centre - torch.maximum(x, self.split) if self.centred else y)
+        if some_left and some_right:
+            # Into numbers at once, several times faster than into booleans.
+            in_right = torch.gt(x, self.split, out=torch.empty(shape, dtype=self.working, device=x.device))
+        else:
+            in_right = x.new_full((), float(some_right))
+        value = _choose(left[0], right[0], in_right)
+        if not self.gradients:
+            return _Rate(in_right, value)
+        t_a, t_b = _choose(left[1], right[2], in_right), _choose(left[2], right[1], in_right)
+        # The tail of either side vanishes like the other side's parameter.
+        by_a = torch.sub(self.shift_a, t_a.div_(value)).addcmul_(in_right, self.inverse_a)
+        by_b = torch.sub(self.shift_b, t_b.div_(value)).addcmul_(1.0 - in_right, self.inverse_b)
+        return _Rate(in_right, value, by_a, by_b)
+
+    def logs(self, point: _Point) -> tuple[_Rate, Tensor, Tensor]:
+        """The rate, the logarithm of the tail that it is of, and that of the other tail."""
+        rate = self.rate(point)
+        near = (point.exponent + self.scale.log()).sub_(rate.value.log())
+        near.clamp_max_(-torch.finfo(self.working).eps)
+        return rate, near, torch.log1p(-near.exp())
+
+
+class _AtAnySize:
+    """The tails of any parameters, read or not: by a short fraction or, where that is too short, quadrature.
+
+    It takes the same time whatever the parameters. The logarithms of a point are relative to the mean.
+    """
+
+    working = torch.float64
+
+    def __init__(self, a: Tensor, b: Tensor, readable: bool, gradients: bool, tails: bool) -> None:
+        self.a, self.b, self.gradients = a, b, gradients
+        self.has_small = tails and not (readable and not bool(((a < SMALL) | (b < SMALL)).any()))
+        self.mean = Mean.of(a, b)
+        self.log_scale = self.mean.log_scale
+        self.scale = self.log_scale.exp()
+        size = a + b + 2
+        self.split, self.far_split = (a + 1) / size, (b + 1) / size
+        self.unit = 1 / size
+        short = [p.clamp_max(_SHORT_FRACTION_LIMIT) for p in (a, b)]
+        steps = _steps(_SHORT_FRACTION_LIMIT, precise=True, gradients=gradients)
+        self.left = _Fraction(short[0], b, steps, gradients, self.working, unit=self.unit)
+        self.right = _Fraction(short[1], a, steps, gradients, self.working, unit=self.unit)
+        if gradients:
+            total = digamma_remainder(a + b) - 1 / (a + b)
+            self.shift_a, self.shift_b = total - digamma_remainder(a), total - digamma_remainder(b)
+            self.inverse_a, self.inverse_b = 1 / a, 1 / b
+
+    def from_values(self, x: Tensor, lowest: float) -> _Point:
+        x = x.double().clamp(0.0, 1.0)
+        return self._point(x, 1 - x, x.log().clamp_min_(lowest), torch.log1p(-x))
+
+    def from_logits(self, logits: Tensor) -> _Point:
+        logits = logits.double()
+        logs = (torch.nn.functional.logsigmoid(v) for v in (logits, -logits))
+        return self._point(torch.sigmoid(logits), torch.sigmoid(-logits), *logs)
+
+    def _point(self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor) -> _Point:
+        u, v = self.mean.deviations(x, complement)
+        log_x = _log_ratio(x, self.mean.value, u, log_x, self.mean.log)
+        log_complement = _log_ratio(complement, self.mean.far, v, log_complement, self.mean.log_far)
+        inner = (u.abs() < 0.5) & (v.abs() < 0.5)
+        near = self.a * log1p_less(u) + self.b * log1p_less(v)
+        exponent = torch.where(inner, near, self.a * log_x + self.b * log_complement)
+        return _Point(x, complement, log_x, log_complement, exponent, deviations=(u, v))
+
+    def rate(self, point: _Point) -> _Rate:
+        x, complement = point.x, point.complement
+        # Next to 1 only the complement tells.
+        is_right = torch.where(self.split > 0.5, complement < self.far_split, x > self.split)
+        left_y = torch.minimum(x, self.split) / self.unit
+        right_y = torch.minimum(complement, self.far_split) / self.unit
+        left, right = self.left(left_y, left_y), self.right(right_y, right_y)
+        # What the fraction gives for a on the left is for b on the right.
+        short = [torch.where(is_right, r, t) for t, r in zip(left, (right[0], *right[:0:-1]), strict=True)]
+        p, q, y, far, u = (
+            torch.where(is_right, r, t)
+            for t, r in (
+                (self.a, self.b),
+                (self.b, self.a),
+                (x, complement),
+                (complement, x),
+                point.deviations,
+            )
+        )
+        long = hazard(p, q, y, far, u, self.gradients)
+        by_quadrature = p > _SHORT_FRACTION_LIMIT
+        value = torch.where(by_quadrature, long[0], short[0])
+        in_right = is_right.double()
+        if not self.gradients:
+            return _Rate(in_right, value)
+        long_a, long_b = torch.where(is_right, long[2], long[1]), torch.where(is_right, long[1], long[2])
+        t_a = torch.where(by_quadrature, long_a, short[1] / short[0])
+        t_b = torch.where(by_quadrature, long_b, short[2] / short[0])
+        by_a = self.shift_a - t_a + torch.where(is_right, self.inverse_a, 0.0)
+        by_b = self.shift_b - t_b + torch.where(is_right, 0.0, self.inverse_b)
+        return _Rate(in_right, value, by_a, by_b)
+
+    def logs(self, point: _Point) -> tuple[_Rate, Tensor, Tensor]:
+        rate = self.rate(point)
+        near = (point.exponent + self.log_scale).sub_(rate.value.log())
+        if self.has_small:
+            rate, near = self._where_small(point, rate, near)
+        near.clamp_max_(-SMALLEST_CONCENTRATION)
+        far = torch.where(near > -0.7, torch.log(-torch.expm1(near)), torch.log1p(-near.exp()))
+        return rate, near, far
+
+    def _where_small(self, point: _Point, rate: _Rate, near: Tensor) -> tuple[_Rate, Tensor]:
+        """A tail that is all but 1 since its parameter is all but 0, to the precision of the other tail."""
+        is_right = rate.in_right > 0.5
+        log_y = torch.where(is_right, point.log_complement + self.mean.log_far, point.log_x + self.mean.log)
+        p, q = torch.where(is_right, self.b, self.a), torch.where(is_right, self.a, self.b)
+        y, is_small = torch.where(is_right, point.complement, point.x), p < SMALL
+        log_tail, by_q = small_tail(p.clamp_max(SMALL), q, y, log_y, self.gradients)
+        near = torch.where(is_small, log_tail, near)
+        if rate.a is None or rate.b is None:
+            return rate, near
+        by_a = torch.where(is_small & is_right, by_q - point.log_x, rate.a)
+        by_b = torch.where(is_small & ~is_right, by_q - point.log_complement, rate.b)
+        return rate._replace(a=by_a, b=by_b), near
+
+
+def _log_ratio(value: Tensor, mean: Tensor, deviation: Tensor, log_value: Tensor, log_mean: Tensor) -> Tensor:
+    """Log(value / mean), by whichever of three ways is precise where value and mean are."""
+    ratio = value / mean
+    direct = (value > 1e-290) & (mean > 1e-290) & (ratio < torch.inf)
+    by_division = torch.where(direct, ratio.log(), log_value - log_mean)
+    return torch.where(deviation.abs() < 0.5, torch.log1p(deviation), by_division)
 
 
 def _choose(left: Tensor | None, right: Tensor | None, in_right: Tensor) -> Tensor:
@@ -220,8 +477,8 @@ class BetaCDF(PreparedCDF):
     where the density of a U-shaped Beta has no finite value. NaN in, NaN out.
 
     Args:
-        a: first concentration, positive.
-        b: second concentration, positive.
+        a: first concentration, from 1e-300 to 1e300; beyond, all is NaN.
+        b: second concentration, likewise.
         dtype: floating dtype of the values to come, and of what is returned for them.
         gradients: whether to return the derivatives in a and b as well.
         tails: whether tails need relative precision, as their logarithms do, besides the absolute one.
@@ -239,47 +496,22 @@ class BetaCDF(PreparedCDF):
         # A number beside a learned tensor stands on the CPU, and joins it where that is.
         device = next((p.device for p in (a, b) if not p.is_cpu), a.device)
         a, b = (p.to(device, torch.float64, non_blocking=True) for p in (a, b))
+        ranges = [_range(p) for p in (a, b)] if a.is_cpu and a.numel() and b.numel() else []
+        smallest = SMALL if tails else SMALLEST_CONCENTRATION
+        ordinary = bool(ranges) and all(
+            least >= smallest and greatest <= _FRACTION_LIMIT for least, greatest in ranges
+        )
+        if not ordinary:
+            a, b = (torch.where(valid_concentration(p), p, torch.nan) for p in (a, b))
         a, b = torch.broadcast_tensors(a, b)
-        self.dtype, self.shape, self.gradients = dtype, a.shape, gradients
-        self.readable = a.device.type == "cpu" and a.numel() > 0
-        total = a + b
-        # In float32 a log x is precise where it is small, and a log(x / mean) near the mean.
-        sizes = (-a * (a / total).log(), -b * (b / total).log(), total)
-        limits = (_LARGE_EXPONENT, _LARGE_EXPONENT, _LARGE_TOTAL)
-        above = [(s > limit).flatten() for s, limit in zip(sizes, limits, strict=True)]
-        single = dtype == torch.float32 and self.readable and bool((total <= _FLOAT32_LIMIT).all())
-        single = single and all(bool((large == (large[0] and not tails)).all()) for large in above)
-        self.working = working = torch.float32 if single else torch.float64
-        finfo = torch.finfo(working)
-        self._tiny, self._eps = finfo.smallest_normal, finfo.eps
-        self._lowest = math.log(finfo.smallest_normal * finfo.eps)
-        self.large_a, self.large_b, self.centred = (single and bool(large[0]) for large in above)
-        centre = (a / total).to(working)
-        self.centre, self.far_centre = centre, 1 - centre
-        self.a, self.b = a.to(working), b.to(working)
-        self.numbers = (float(self.a), float(self.b)) if self.readable and a.ndim == 0 else None
-        self.split = ((a + 1) / (total + 2)).to(working)
-        self.split_range = (float(self.split.min()), float(self.split.max())) if self.readable else (0.0, 1.0)
-        # The exponent is taken relative to the centre, where it is 0: the rest of 1 / B(a, b) multiplies.
-        log_centre, log_far = centre.double().log(), torch.log1p(-centre.double())
-        self.scale = (a * log_centre + b * log_far - log_beta(a, b)).exp().to(working)
-        self.peak = (a * log_centre * (not self.large_a) + b * log_far * (not self.large_b)).to(working)
-        precise, zero = dtype == torch.float64, torch.zeros_like(a)
-        self.left = _Fraction(
-            a, b, _steps(a, precise, gradients), gradients, centre.double() if self.centred else zero, working
+        self.dtype = dtype
+        self._tails: _ByFraction | _AtAnySize = (
+            _ByFraction(a, b, (ranges[0][1], ranges[1][1]), dtype, gradients, tails)
+            if ordinary
+            else _AtAnySize(a, b, bool(ranges), gradients, tails)
         )
-        self.right = _Fraction(
-            b,
-            a,
-            _steps(b, precise, gradients),
-            gradients,
-            1 - centre.double() if self.centred else zero,
-            working,
-        )
-        if gradients:
-            digamma_total = torch.digamma(total)
-            self.shift_a = (digamma_total - torch.digamma(a) + log_centre * self.large_a).to(working)
-            self.shift_b = (digamma_total - torch.digamma(b) + log_far * self.large_b).to(working)
+        finfo = torch.finfo(self._tails.working)
+        self._lowest = math.log(finfo.smallest_normal) + math.log(finfo.eps)
 
     def __call__(self, x: Tensor) -> CDFDerivatives:
         found = self.parts(x)
@@ -287,130 +519,93 @@ class BetaCDF(PreparedCDF):
 
     def at_logits(self, logits: Tensor) -> CDFDerivatives:
         """The same as a function of logit(x), with the density and no rounding of it."""
-        found = self._parts(*self._from_logits(logits), in_logits=True)
+        found = self._parts(self._tails.from_logits(logits), in_logits=True)
         return CDFDerivatives(found.cdf, found.pdf, tuple(g for g in found[3:] if g is not None))
 
     def parts(self, x: Tensor) -> _Parts:
         """The same with the tail that the CDF is made of."""
-        return self._parts(*self._from_values(x), in_logits=False)
+        return self._parts(self._tails.from_values(x, -math.inf), in_logits=False)
 
     def cdf(self, x: Tensor) -> Tensor:
         """The CDF alone."""
-        x, complement, log_x, log_complement = self._from_values(x)
-        mass = self._exponent(log_x, log_complement).exp_().mul_(self.scale)
-        in_right, fraction, *_ = self._sides(x, complement)
-        return torch.sub(in_right, mass.div_(fraction)).abs_().to(self.dtype)
+        point = self._tails.from_values(x, -math.inf)
+        mass = point.exponent.exp_().mul_(self._tails.scale)
+        rate = self._tails.rate(point)
+        return torch.sub(rate.in_right, mass.div_(rate.value)).abs_().to(self.dtype)
 
     def logs(self, x: Tensor) -> LogCDFDerivatives:
         """Log I_x(a, b) and log(1 - I_x(a, b)) with their derivatives, as far into the tails as x goes.
 
-        Where x is 0 or 1 or beyond, they are those of the nearest number inside, with derivative 0 in x.
+        Where x is 0 or 1 or beyond, they are those of the number of its dtype next to 0 or 1, with derivative
+        0 in x. The derivatives in x are given in logit(x), with what they have yet to be multiplied by.
         """
-        nearest, inside = nearest_inside(x)
-        found = self._logs(*self._from_values(nearest), in_logits=False)
-        return found._replace(
-            cdf_by_x=torch.where(inside, found.cdf_by_x, 0.0), sf_by_x=torch.where(inside, found.sf_by_x, 0.0)
-        )
+        finfo = torch.finfo(self.dtype)
+        inside = (x > 0) & (x < 1) | x.isnan()
+        smallest = math.log(finfo.smallest_normal) + math.log(finfo.eps)
+        point = self._tails.from_values(x.clamp(max=1 - finfo.eps / 2), smallest)
+        found = self._logs(point)
+        stretch = (1 / point.x).div_(point.complement).clamp_max_(finfo.max).to(self.dtype)
+        return found._replace(stretch=torch.where(inside, stretch, 0.0))
 
     def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:
         """The same as a function of logit(x), finite however large the logit."""
-        return self._logs(*self._from_logits(logits), in_logits=True)
+        return self._logs(self._tails.from_logits(logits))
 
-    def _from_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, 1 - x and the logarithms of both, the latter less that of the centre where it is large."""
-        x = x.to(self.working).clamp(0.0, 1.0)
-        offset = x - self.centre if self.large_a or self.large_b else x
-        log_x = torch.log1p(offset / self.centre) if self.large_a else x.log()
-        log_complement = torch.log1p(offset / -self.far_centre) if self.large_b else torch.log1p(-x)
-        return x, 1.0 - x, log_x, log_complement
-
-    def _from_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = logits.to(self.working)
-        log_x, log_complement = (torch.nn.functional.logsigmoid(v) for v in (logits, -logits))
-        if self.large_a:
-            log_x = log_x - self.centre.log()
-        if self.large_b:
-            log_complement = log_complement - self.far_centre.log()
-        return torch.sigmoid(logits), torch.sigmoid(-logits), log_x, log_complement
-
-    def _exponent(self, log_x: Tensor, log_complement: Tensor) -> Tensor:
-        """The exponent of x^a (1 - x)^b relative to the centre; with numbers it takes half of the passes."""
-        if self.numbers is not None and log_x.is_cpu:
-            a, b = self.numbers
-            return torch.add(-self.peak, log_x, alpha=a).add_(log_complement, alpha=b)
-        return (log_x * self.a).sub_(self.peak).add_(log_complement * self.b)
-
-    def _sides(self, x: Tensor, complement: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Where x is right of the split, and t_0 there with the logarithms' derivatives in a and in b."""
-        shape = torch.broadcast_shapes(self.shape, x.shape)
-        some_left = some_right = True
-        if self.readable and x.is_cpu and x.numel():
-            least, greatest = (float(v) for v in torch.aminmax(x))
-            some_left, some_right = not least > self.split_range[1], not greatest <= self.split_range[0]
-        left: tuple[Tensor | None, ...] = (None, None, None)
-        right = left
-        if some_left:
-            y = torch.minimum(x, self.split).expand(shape)
-            left = self.left(y, y - self.centre if self.centred else y)
-        if some_right:
-            y = torch.minimum(complement, 1 - self.split).expand(shape)
-            right = self.right(y, self.centre - torch.maximum(x, self.split) if self.centred else y)
-        if some_left and some_right:
-            # Into numbers at once, several times faster than into booleans.
-            in_right = torch.gt(x, self.split, out=torch.empty(shape, dtype=self.working, device=x.device))
-        else:
-            in_right = torch.full((), float(some_right), dtype=self.working)
-        fraction = _choose(left[0], right[0], in_right)
-        if not self.gradients:
-            return in_right, fraction, None, None
-        t_a, t_b = _choose(left[1], right[2], in_right), _choose(left[2], right[1], in_right)
-        return in_right, fraction, t_a.div(fraction), t_b.div(fraction)
-
-    def _parts(
-        self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
-    ) -> _Parts:
-        mass = self._exponent(log_x, log_complement).exp_().mul_(self.scale)
-        in_right, fraction, t_a, t_b = self._sides(x, complement)
-        tail = mass / fraction
+    def _parts(self, point: _Point, in_logits: bool) -> _Parts:
+        mass = point.exponent.exp_().mul_(self._tails.scale)
+        in_right, value, by_a, by_b = self._tails.rate(point)
+        tail = mass / value
         # The tail itself left of the split, and 1 less it right of it.
         cdf = (in_right - tail).abs_()
         # x^a (1 - x)^b / B(a, b) is the density of logit(x); that of x is over x (1 - x).
-        pdf = mass if in_logits else mass.div_(complement.mul_(x).clamp_min_(self._tiny))
+        pdf = mass if in_logits else self._per_x(mass, point)
         found = [cdf, tail, pdf]
-        if t_a is not None and t_b is not None:
+        if by_a is not None and by_b is not None:
             signed_tail = tail * (1.0 - 2.0 * in_right)
             found += [
-                (log_x.clamp_min_(self._lowest) + self.shift_a).sub_(t_a).mul_(signed_tail),
-                (log_complement.clamp_min_(self._lowest) + self.shift_b).sub_(t_b).mul_(signed_tail),
+                by_a.add_(point.log_x.clamp_min_(self._lowest)).mul_(signed_tail),
+                by_b.add_(point.log_complement.clamp_min_(self._lowest)).mul_(signed_tail),
             ]
         return _Parts(*(t.to(self.dtype) for t in found))
 
-    def _logs(
-        self, x: Tensor, complement: Tensor, log_x: Tensor, log_complement: Tensor, in_logits: bool
-    ) -> LogCDFDerivatives:
-        exponent = self._exponent(log_x, log_complement)
-        in_right, fraction, t_a, t_b = self._sides(x, complement)
+    def _per_x(self, mass: Tensor, point: _Point) -> Tensor:
+        """The density of x from that of its logit: 0 at the ends, and finite next to them."""
+        finfo = torch.finfo(self.dtype)
+        least, greatest = point.range
+        slope = point.complement.mul_(point.x)
+        if least >= finfo.smallest_normal and greatest < 1.0:
+            return mass.div_(slope)
+        return torch.where(slope == 0, 0.0, mass.div_(slope).clamp_max_(finfo.max))
+
+    def _logs(self, point: _Point) -> LogCDFDerivatives:
         # The logarithm of the tail and its derivatives have closed forms; those of what is left over follow.
-        near = (exponent + self.scale.log()).sub_(fraction.log()).clamp_max_(-self._eps)
-        far = torch.log1p(-near.exp())
+        (in_right, value, by_a, by_b), near, far = self._tails.logs(point)
         odds = (near - far).exp()
-        slope = fraction if in_logits else fraction / complement.mul(x).clamp_min_(self._tiny)
         by_parameter = []
         is_right = in_right > 0.5
-        if t_a is not None and t_b is not None:
-            by_a = (log_x + self.shift_a).sub_(t_a)
-            by_b = (log_complement + self.shift_b).sub_(t_b)
-            for by in (by_a, by_b):
+        if by_a is not None and by_b is not None:
+            for by in (by_a.add_(point.log_x), by_b.add_(point.log_complement)):
                 by_parameter.append(
                     (torch.where(is_right, -by * odds, by), torch.where(is_right, by, -by * odds))
                 )
         return LogCDFDerivatives(
             torch.where(is_right, far, near).to(self.dtype),
             torch.where(is_right, near, far).to(self.dtype),
-            torch.where(is_right, slope * odds, slope).to(self.dtype),
-            torch.where(is_right, -slope, -slope * odds).to(self.dtype),
+            torch.where(is_right, value * odds, value).to(self.dtype),
+            torch.where(is_right, -value, -value * odds).to(self.dtype),
             tuple((cdf.to(self.dtype), sf.to(self.dtype)) for cdf, sf in by_parameter),
         )
+
+    def slopes_of_quantile(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives of the quantile x = sigmoid(logit) in its probability, in a and in b."""
+        point = self._tails.from_logits(logits)
+        (in_right, value, by_a, by_b), near, _ = self._tails.logs(point)
+        assert by_a is not None and by_b is not None
+        log_slope = torch.nn.functional.logsigmoid(logits) + torch.nn.functional.logsigmoid(-logits)
+        by_p = (log_slope - near).exp() / value
+        # Where the tail stays as it is, the logarithms' derivatives in the logit and in a parameter cancel.
+        per_tail = log_slope.exp() * (2.0 * in_right - 1.0) / value
+        return by_p, per_tail * by_a.add_(point.log_x), per_tail * by_b.add_(point.log_complement)
 
 
 @functools.lru_cache(maxsize=256)
@@ -418,8 +613,10 @@ def fixed_beta_cdf(
     a: float, b: float, dtype: torch.dtype, gradients: bool = False, tails: bool = False
 ) -> BetaCDF:
     """:class:`BetaCDF` of two numbers, made once for all calls."""
-    both = torch.tensor([a, b], dtype=torch.float64)
-    return BetaCDF(both[0], both[1], dtype, gradients=gradients, tails=tails)
+    # What is kept must serve every later call, whatever the default device and the modes of the first.
+    with torch.inference_mode(False):
+        both = torch.tensor([a, b], dtype=torch.float64, device="cpu")
+        return BetaCDF(both[0], both[1], dtype, gradients=gradients, tails=tails)
 
 
 def _cdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
@@ -428,7 +625,7 @@ def _cdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return _elementwise(a, b, x).cdf
     cdf = fixed_beta_cdf(float(a.detach()), float(b.detach()), x.dtype)
     shape = torch.broadcast_shapes(a.shape, b.shape, x.shape)
-    found = torch.empty(shape, dtype=x.dtype)
+    found = x.new_empty(shape)
     for out, values in zip(found.view(-1).split(_TILE), x.reshape(-1).split(_TILE), strict=True):
         out.copy_(cdf.cdf(values))
     return found
@@ -461,9 +658,8 @@ def beta_pdf(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """The Beta density, differentiable in everything; 0 outside the support, and where it is infinite."""
     inside = (x > 0) & (x < 1) | x.isnan()
     interior = torch.where(inside, x, 0.5).double()
-    a, b = a.double(), b.double()
-    exponent = (a - 1) * interior.log() + (b - 1) * torch.log1p(-interior) - log_beta(a, b)
-    return torch.where(inside, exponent.exp(), 0.0).to(x.dtype)
+    density = log_density(a.double(), b.double(), interior).exp()
+    return torch.where(inside, density, 0.0).to(x.dtype)
 
 
 def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
@@ -606,64 +802,152 @@ def betainc(a: Tensor | float, b: Tensor | float, x: Tensor | float) -> Tensor:
     return result
 
 
-def _invert(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
-    """Newton's method on the logarithm of the tail, in the logarithm of the distance to the nearer end.
+def _invert(a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The quantile of p and its logit, for any number of parameters and probabilities."""
+    p, shape = p.double(), torch.broadcast_shapes(a.shape, b.shape, p.shape)
+    if a.numel() == b.numel() == 1 and a.is_cpu and b.is_cpu and p.is_cpu:
+        cdf = fixed_beta_cdf(float(a.detach()), float(b.detach()), torch.float64, tails=True)
+        parts = [_quantile(cdf, a.reshape(()), b.reshape(()), y) for y in p.reshape(-1).split(_INVERSE_TILE)]
+    else:
+        operands = torch.broadcast_tensors(a, b, p)
+        chunks = (t.reshape(-1).split(_CHUNK if p.is_cpu else max(t.numel(), 1)) for t in operands)
+        parts = [
+            _quantile(BetaCDF(c, d, torch.float64, tails=True), c, d, y)
+            for c, d, y in zip(*chunks, strict=True)
+        ]
+    x, logits = (torch.cat(found).reshape(shape) for found in zip(*parts, strict=True))
+    return x, logits
 
-    There the CDF is concave and close to a line of slope a (or b), so the iteration neither overshoots nor
-    leaves the interval, and the asymptotic start is exact where the solution underflows.
+
+def _start(first: Tensor, second: Tensor, tail: Tensor) -> Tensor:
+    """A logit near that of the quantile of a lower tail of Beta(first, second), at most 1/2.
+
+    Where both parameters are above 1, by the Normal approximation (Abramowitz and Stegun 26.5.22); otherwise,
+    and as a bound, by the power law that the CDF follows next to 0.
     """
-    a, b, p = (t.to(p.device, torch.float64) for t in (a, b, p))
-    split = (a + 1) / (a + b + 2)
-    in_right = p > _elementwise(a, b, split).cdf
-    target = torch.where(in_right, 1 - p, p).log()
-    slope = torch.where(in_right, b, a)
-    limit = torch.where(in_right, 1 - split, split)
-    end = torch.minimum((target + slope.log() + log_beta(a, b)) / slope, limit.log())
-    smallest = 4 * torch.finfo(torch.float64).tiny
-    for _ in range(_NEWTON_STEPS):
-        y = end.exp()
-        x = torch.where(in_right, 1 - y, y)
-        at = _elementwise(a, b, x)
-        # Rounding can carry 1 - y to the other side of the split, where the tail is the other one.
-        tail = torch.where((x > split) == in_right, at.tail, 1 - at.tail)
-        distance = torch.where(in_right, 1 - x, x)
-        step = (tail.log() - target) * tail / (at.pdf * distance)
-        step = torch.where((distance > smallest) & step.isfinite(), step, 0.0)
-        end = torch.minimum(end - step, limit.log())
-        if step.device.type == "cpu" and not bool((step.abs() > 1e-9).any()):
+    power = (tail.log() + first.log() + log_beta(first, second)) / first
+    # The power law in x; a logit is at least log x, and at most that of the split.
+    split = (first + 1).log() - (second + 1).log()
+    power = torch.minimum(torch.where(power < -1e-3, power - torch.log(-torch.expm1(power)), split), split)
+    both = (first > 1) & (second > 1)
+    inverse_first, inverse_second = (0.5 / (torch.where(both, t, 2.0) - 0.5) for t in (first, second))
+    deviate = -torch.special.ndtri(tail)
+    shape, mean = (deviate.square() - 3) / 6, 2 / (inverse_first + inverse_second)
+    spread = deviate * (shape + mean).sqrt() / mean
+    skew = (inverse_second - inverse_first) * (shape + 5 / 6 - 2 / (3 * mean))
+    normal = first.log() - second.log() - 2 * (spread - skew)
+    return torch.where(both, torch.maximum(normal, power), power)
+
+
+def _quantile(cdf: BetaCDF, a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Halley's method on the logarithm of the smaller tail as a function of logit(x), kept in a bracket.
+
+    There it is concave, so that Newton's step never passes the root from outside, and its derivatives are at
+    hand. The last step, in x itself, takes out the rounding of the logit. What has not been found is NaN.
+    """
+    a, b = a.double(), b.double()
+    valid = (p >= 0) & (p <= 1) & valid_concentration(a) & valid_concentration(b)
+    lower, is_end = p <= 0.5, (p == 0) | (p == 1)
+    # 0 and 1 have infinite logits; something else is looked for there.
+    tail = torch.where(is_end | ~valid, 0.25, torch.where(lower, p, 1 - p))
+    target, sign = tail.log(), torch.where(lower, 1.0, -1.0).to(p)
+    first, second = torch.where(lower, a, b), torch.where(lower, b, a)
+    logits = sign * _start(first, second, tail)
+    least, greatest = torch.full_like(logits, -torch.inf), torch.full_like(logits, torch.inf)
+    found = torch.zeros_like(lower)
+    for _ in range(_INVERSE_STEPS):
+        at = cdf.logs_at_logits(logits)
+        excess = torch.where(lower, at.log_cdf, at.log_sf) - target
+        slope = torch.where(lower, at.cdf_by_x, at.sf_by_x)
+        is_left = excess * sign < 0
+        least = torch.where(is_left, torch.maximum(least, logits), least)
+        greatest = torch.where(is_left, greatest, torch.minimum(greatest, logits))
+        # The logarithm of the density has the derivative a (1 - x) - b x.
+        bend = a * torch.sigmoid(-logits) - b * torch.sigmoid(logits) - slope
+        newton = excess / slope
+        step = newton / (1 - newton * bend / 2).clamp(0.5, 2.0)
+        rounding = 4 * _EPS * logits.abs()
+        close = (excess.abs() < 1e-4) | (step.abs() <= rounding) | (greatest - least <= rounding)
+        moved, middle = logits - step, (least + greatest) / 2
+        astray = ((moved <= least) | (moved >= greatest) | ~moved.isfinite()) & ~close & middle.isfinite()
+        # One step more triples the digits of what is close; then it is left alone.
+        logits = torch.where(found, logits, torch.where(astray, middle, moved))
+        found = found | close
+        if p.is_cpu and bool((found | ~valid).all()):
             break
-    x = torch.where(in_right, 1 - end.exp(), end.exp())
-    x = torch.where(p == 0, 0.0, torch.where(p == 1, 1.0, x))
-    return torch.where((p >= 0) & (p <= 1) & (a > 0) & (b > 0), x, torch.nan)
+    # The sigmoid underflows before its logarithm does.
+    x = torch.where(logits < -40, logits.exp(), torch.sigmoid(logits))
+    at = cdf.logs(x)
+    excess = torch.where(lower, at.log_cdf, at.log_sf) - target
+    step = excess / torch.where(lower, at.cdf_by_x, at.sf_by_x) * x * (1 - x)
+    inside = (x > 0) & (x < 1)
+    x = torch.where(inside & (step.abs() < 1e-3 * torch.minimum(x, 1 - x)), x - step, x)
+    x, logits = (torch.where(found, t, torch.nan) for t in (x, logits))
+    x = torch.where(is_end, p, x)
+    return torch.where(valid, x, torch.nan), torch.where(valid & ~is_end, logits, torch.nan)
 
 
-class _BetaIncInv(torch.autograd.Function):
+class _QuantileSlopes(torch.autograd.Function):
+    """The derivatives of a quantile in p, a and b at its logit; themselves differentiable in nothing."""
+
     @staticmethod
-    def forward(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
-        return _invert(a, b, p).to(p.dtype)
+    def forward(a: Tensor, b: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return BetaCDF(a, b, torch.float64, gradients=True, tails=True).slopes_of_quantile(logits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:2], output)
+        pass
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        # The implicit function theorem at I_x(a, b) = p: dx = (dp - I_a da - I_b db) / f.
-        a, b, x = ctx.saved_tensors
-        needs_a, needs_b, needs_p = ctx.needs_input_grad
-        # Where x has rounded to 0 or 1 it moves with nothing.
-        pdf = beta_pdf(a, b, x)
-        scaled = torch.where(pdf > 0, gradient / pdf, 0.0)
-        gradient_a = gradient_b = None
-        if needs_a or needs_b:
-            cdf_a, cdf_b = _ParameterGradients.apply(a, b, x)
-            gradient_a = _sum_to(-scaled * cdf_a, a) if needs_a else None
-            gradient_b = _sum_to(-scaled * cdf_b, b) if needs_b else None
-        return gradient_a, gradient_b, scaled if needs_p else None
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError(
+            "betaincinv is differentiable once in a and b, twice in p; received a second derivative in a or b"
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
-        return _elementwise_vmap(_BetaIncInv.apply, in_dims, *tensors), 0
+        return _elementwise_vmap(_QuantileSlopes.apply, in_dims, *tensors), (0, 0, 0)
+
+
+class _BetaIncInv(torch.autograd.Function):
+    """The quantile and, in double precision, its logit."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        x, logits = _invert(a, b, p)
+        return x.to(p.dtype), logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
+        # The implicit function theorem at I_x(a, b) = p: dx = (dp - I_a da - I_b db) / f.
+        a, b, p, x, logits = ctx.saved_tensors
+        needs_a, needs_b, needs_p = ctx.needs_input_grad
+        largest = torch.finfo(x.dtype).max
+        # The quantiles of 0 and 1 move with nothing.
+        is_end = (p == 0) | (p == 1)
+        by_p, by_a, by_b = (
+            torch.where(is_end, 0.0, by.clamp(-largest, largest))
+            for by in _QuantileSlopes.apply(a, b, logits)
+        )
+        if torch.is_grad_enabled():
+            # A slope less itself is nothing, but its derivatives are those of the slope.
+            pdf = beta_pdf(a, b, x)
+            slope = torch.where(pdf > 0, 1 / torch.where(pdf > 0, pdf, 1.0), 0.0)
+            by_p = by_p.detach() + (slope - slope.detach())
+        return (
+            _sum_to(gradient * by_a, a) if needs_a else None,
+            _sum_to(gradient * by_b, b) if needs_b else None,
+            _sum_to(gradient * by_p, p) if needs_p else None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
+        return _elementwise_vmap(_BetaIncInv.apply, in_dims, *tensors), (0, 0)
 
 
 def betaincinv(a: Tensor | float, b: Tensor | float, p: Tensor | float) -> Tensor:
@@ -691,7 +975,7 @@ def betaincinv(a: Tensor | float, b: Tensor | float, p: Tensor | float) -> Tenso
         tensor([0.0788, 0.2285, 0.4526])
     """
     operands = torch.broadcast_tensors(*_operands(a=a, b=b, p=p))
-    result: Tensor = _BetaIncInv.apply(*operands)
+    result: Tensor = _BetaIncInv.apply(*operands)[0]
     return result
 
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF, nearest_inside
+from batchshaping.derivatives import (
+    CDFDerivatives,
+    LogCDFDerivatives,
+    PreparedCDF,
+    nearest_inside,
+    smallest_positive,
+)
 
 __all__ = [
     "RelaxedBernoulliCDF",
     "get_relaxed_bernoulli_cdf",
     "get_relaxed_bernoulli_pdf",
+    "sigmoid_with_tails",
 ]
 
 
@@ -35,14 +42,16 @@ class RelaxedBernoulliCDF(PreparedCDF):
         self.mean_factor = -1 / (mean * (1 - mean))
 
     def __call__(self, x: Tensor) -> CDFDerivatives:
-        x = x.clamp(0.0, 1.0)
-        at = self.at_logits(torch.logit(x))
-        density_of_x = (1 - x).mul_(x).clamp_min_(torch.finfo(x.dtype).smallest_normal)
-        return at._replace(pdf=at.pdf.div_(density_of_x))
+        at = self.at_logits(torch.logit(x, eps=0.0))
+        slope = torch.maximum((1 - x).mul_(x), smallest_positive(x))
+        # The density can exceed what the dtype holds; at the ends and beyond it is 0 here.
+        return at._replace(pdf=at.pdf.div_(slope).clamp_max_(torch.finfo(x.dtype).max))
 
     def at_logits(self, logits: Tensor) -> CDFDerivatives:
-        cdf = (logits * self.temperature).sub_(self.shift).sigmoid_()
-        spread = (1 - cdf).mul_(cdf)
+        u = (logits * self.temperature).sub_(self.shift)
+        cdf = torch.sigmoid(u)
+        # The survival function is not 1 less the CDF, which is 0 where the CDF rounds to 1.
+        spread = u.neg_().sigmoid_().mul_(cdf)
         if not self.gradients:
             return CDFDerivatives(cdf, spread.mul_(self.temperature))
         by_temperature = logits.clamp(-_HIGHEST_LOGIT, _HIGHEST_LOGIT).mul_(spread)
@@ -50,9 +59,8 @@ class RelaxedBernoulliCDF(PreparedCDF):
 
     def logs(self, x: Tensor) -> LogCDFDerivatives:
         nearest, inside = nearest_inside(x)
-        at = self.logs_at_logits(torch.logit(nearest))
-        slope = torch.where(inside, 1 / (nearest * (1 - nearest)), 0.0)
-        return at._replace(cdf_by_x=at.cdf_by_x.mul_(slope), sf_by_x=at.sf_by_x.mul_(slope))
+        stretch = (1 - nearest).mul_(nearest).reciprocal_().clamp_max_(torch.finfo(x.dtype).max).mul_(inside)
+        return self.logs_at_logits(torch.logit(nearest))._replace(stretch=stretch)
 
     def logs_at_logits(self, logits: Tensor) -> LogCDFDerivatives:
         # The CDF is the sigmoid of this, and the derivative of log sigmoid(u) is sigmoid(-u).
@@ -67,6 +75,13 @@ class RelaxedBernoulliCDF(PreparedCDF):
             -cdf * self.temperature,
             tuple((sf * slope, -cdf * slope) for slope in slopes),
         )
+
+
+def sigmoid_with_tails(u: Tensor) -> Tensor:
+    """The sigmoid, whose gradient is exact where the sigmoid rounds to 1 too."""
+    is_lower = u < 0
+    tail = torch.sigmoid(torch.where(is_lower, u, -u))
+    return torch.where(is_lower, tail, 1 - tail)
 
 
 # Beyond the logit of every float64 in (0, 1); an infinite one would turn a product with 0 to NaN.
@@ -95,7 +110,7 @@ def get_relaxed_bernoulli_cdf(
         tensor([0.6978, 0.8000, 0.8739])
     """
     x = x_in.clamp(eps, 1 - eps)
-    return torch.sigmoid(temperature * torch.logit(x) - torch.logit(_as_tensor(mean, x)))
+    return sigmoid_with_tails(temperature * torch.logit(x) - torch.logit(_as_tensor(mean, x)))
 
 
 def get_relaxed_bernoulli_pdf(

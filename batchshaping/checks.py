@@ -1,11 +1,37 @@
-"""Reading a tensor's values to refuse bad ones, where that costs nothing."""
+"""Refusing bad input: by its kind always, and by its values where reading them costs nothing."""
 
 from __future__ import annotations
+
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["known_to_hold"]
+__all__ = ["check_values", "extent", "is_index", "known_to_hold"]
+
+
+def check_values(x: object) -> None:
+    """Refuse what is not a tensor of floating-point numbers.
+
+    Raises:
+        TypeError: with the type or dtype that was received.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, received a {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, received {x.dtype}")
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value counts as a whole number; True and False do not, as for torch."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def known_to_hold(condition: Tensor) -> bool:
@@ -13,9 +39,26 @@ def known_to_hold(condition: Tensor) -> bool:
 
     What goes unread there shows as NaN.
     """
-    if condition.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _readable(condition):
         return True
     try:
         return bool(condition.all())
     except RuntimeError:  # under vmap there is no single answer
         return True
+
+
+def extent(values: Tensor) -> tuple[float, float] | None:
+    """The least and the greatest value, NaN if one is NaN; None if there are none, or they cannot be read."""
+    if not _readable(values) or values.numel() == 0:
+        return None
+    try:
+        if values.ndim == 0:
+            return (values.item(),) * 2
+        least, greatest = torch.aminmax(values.detach())
+        return float(least), float(greatest)
+    except RuntimeError:
+        return None
+
+
+def _readable(values: Tensor) -> bool:
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -450,6 +450,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FOLDER", readable=False, help="Where the data is, if not where it was."),
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="Threads, if not as many as in training.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Evaluate the trained network of a run on its test images.
@@ -459,7 +462,8 @@ def evaluate(
     with _extras():
         from batchshaping.training.run import evaluate_run
     with _extras(), _refused():
-        figures = evaluate_run(run, **({} if data_folder is None else {"data_folder": data_folder}))
+        given = {"data_folder": data_folder, "threads": threads}
+        figures = evaluate_run(run, **{name: value for name, value in given.items() if value is not None})
     if as_json:
         print(json.dumps(figures))
     else:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CDFDerivatives", "LogCDFDerivatives", "PreparedCDF", "nearest_inside"]
+__all__ = [
+    "CDFDerivatives",
+    "LogCDFDerivatives",
+    "PreparedCDF",
+    "nearest_inside",
+    "smallest_positive",
+    "stretched",
+]
 
 
 class CDFDerivatives(NamedTuple):
@@ -22,7 +29,9 @@ class CDFDerivatives(NamedTuple):
 class LogCDFDerivatives(NamedTuple):
     """The logarithms of the CDF and of the survival function (1 less it) at x, and their derivatives.
 
-    ``parameters`` holds a pair for each parameter, of log CDF and of log survival function.
+    ``parameters`` holds a pair for each parameter, of log CDF and of log survival function. If there is a
+    ``stretch``, both derivatives in x have yet to be multiplied by it: next to 0 they can exceed the largest
+    number of the dtype where their weighted sum does not.
     """
 
     log_cdf: Tensor
@@ -30,6 +39,15 @@ class LogCDFDerivatives(NamedTuple):
     cdf_by_x: Tensor
     sf_by_x: Tensor
     parameters: tuple[tuple[Tensor, Tensor], ...] = ()
+    stretch: Tensor | None = None
+
+
+def stretched(by_x: Tensor, stretch: Tensor | None) -> Tensor:
+    """A weighted sum of derivatives in x by what they have yet to be multiplied by, finite in its dtype."""
+    if stretch is None:
+        return by_x
+    largest = torch.finfo(by_x.dtype).max
+    return (by_x * stretch).clamp_(-largest, largest)
 
 
 class PreparedCDF(ABC):
@@ -56,14 +74,22 @@ class PreparedCDF(ABC):
         """The logarithms at sigmoid(logits), their derivatives in the logits."""
         x, slope = torch.sigmoid(logits), _slope_of_sigmoid(logits)
         at = self.logs(x)
-        return at._replace(cdf_by_x=at.cdf_by_x.mul_(slope), sf_by_x=at.sf_by_x.mul_(slope))
+        return at._replace(stretch=slope if at.stretch is None else at.stretch.mul_(slope))
 
 
 def _slope_of_sigmoid(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits).mul_(torch.sigmoid(-logits))
 
 
+def smallest_positive(like: Tensor) -> Tensor:
+    """The smallest positive number of a tensor's dtype: subnormal, unless those are flushed to zero."""
+    finfo = torch.finfo(like.dtype)
+    normal = torch.full((), finfo.smallest_normal, dtype=like.dtype, device=like.device)
+    subnormal = normal * finfo.eps
+    return torch.where(subnormal > 0, subnormal, normal)
+
+
 def nearest_inside(x: Tensor) -> tuple[Tensor, Tensor]:
     """The number in (0, 1) nearest to x, and where that is x itself (or x is NaN)."""
-    finfo = torch.finfo(x.dtype)
-    return x.clamp(finfo.smallest_normal, 1 - finfo.eps / 2), (x > 0) & (x < 1) | x.isnan()
+    below_one = 1 - torch.finfo(x.dtype).eps / 2
+    return torch.maximum(x, smallest_positive(x)).clamp_max_(below_one), ~((x <= 0) | (x >= 1))

@@ -53,6 +53,8 @@ class Columns:
         group: the process group.
 
     Attributes:
+        samples: how many samples each rank has.
+        now: how many of them are of the current batch.
         current: which of all ranks' samples are of the current batch.
         masked: whether any rank leaves samples out.
         differentiable: whether the values of any rank require a gradient. Then all take part in its making.
@@ -70,12 +72,11 @@ class Columns:
         own = torch.tensor(facts, device=x.device)
         of_all = [torch.empty_like(own) for _ in range(self.world)]
         self._call(lambda: dist.all_gather(of_all, own, group=group))
-        counts, self.samples, now, some_masked, some_differentiable, dtypes = (
+        counts, self.samples, self.now, some_masked, some_differentiable, dtypes = (
             list(column) for column in zip(*(facts.tolist() for facts in of_all), strict=True)
         )
         self.masked, self.differentiable = any(some_masked), any(some_differentiable)
-        places = [torch.arange(n, device=x.device) < c for n, c in zip(self.samples, now, strict=True)]
-        self.current = torch.cat(places)
+        self.current = torch.arange(sum(self.samples), device=x.device) < sum(self.now)
         if len(set(counts)) > 1:
             raise ValueError(f"all ranks must have the same number of arrays, received {counts}")
         if len(set(dtypes)) > 1:
@@ -99,18 +100,27 @@ class Columns:
         return received
 
     def deal(self, x: Tensor) -> Tensor:
-        """Give the values of each array to its owner: (arrays, own samples) -> (own arrays, all samples)."""
+        """Give the values of each array to its owner: (arrays, own samples) -> (own arrays, all samples).
+
+        The samples of the current batch come first, those of rank 0 before those of rank 1, as they would in
+        one process: among equal values, the order decides which rank each takes.
+        """
         n, k = self.samples[self.rank], self.arrays[self.rank]
         sizes, received_sizes = [a * n for a in self.arrays], [k * s for s in self.samples]
         received = self._all_to_all(x.reshape(-1), sizes, received_sizes)
-        shards = received.split(received_sizes)
-        return torch.cat([shard.view(k, s) for shard, s in zip(shards, self.samples, strict=True)], dim=1)
+        shards = [
+            shard.view(k, s).split([now, s - now], dim=1)
+            for shard, s, now in zip(received.split(received_sizes), self.samples, self.now, strict=True)
+        ]
+        return torch.cat([part for parts in zip(*shards, strict=True) for part in parts], dim=1)
 
     def give_back(self, columns: Tensor) -> Tensor:
         """The reverse of :meth:`deal`: (own arrays, all samples) -> (arrays, own samples)."""
         n, k = self.samples[self.rank], self.arrays[self.rank]
-        shards = columns.split(self.samples, dim=1)
-        sent = torch.cat([shard.reshape(-1) for shard in shards])
+        past = [s - now for s, now in zip(self.samples, self.now, strict=True)]
+        shards = columns.split([*self.now, *past], dim=1)
+        pairs = zip(shards[: self.world], shards[self.world :], strict=True)
+        sent = torch.cat([torch.cat(pair, dim=1).reshape(-1) for pair in pairs])
         received = self._all_to_all(sent, [k * s for s in self.samples], [a * n for a in self.arrays])
         return received.view(sum(self.arrays), n)
 

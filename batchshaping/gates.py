@@ -2,12 +2,14 @@ r"""Gates that switch parts of a network on and off, example by example, and wha
 
 A gate reads features and gives a logit, the log-odds of being open. In training it samples its decision from
 the binary concrete distribution; in evaluation it is open iff the logit is positive. After a forward pass,
-:func:`gate_probabilities` reads the probabilities of all gates of a model with their gradient attached, for
-the losses that shape them.
+three functions read all gates of a model: :func:`gate_probabilities` for the losses that shape them,
+:func:`gate_decisions` for what they did, and :func:`straight_through_decisions` for what that costs.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 __all__ = [
     "ChannelGate",
@@ -29,7 +31,10 @@ __all__ = [
     "gates_forced",
     "l0_penalty",
     "named_gates",
+    "straight_through_decisions",
 ]
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 
 
 def binary_concrete(
@@ -41,22 +46,24 @@ def binary_concrete(
         s = \mathrm{sigmoid}\left( \frac{\log \alpha + \sigma (\log u - \log(1 - u))}{t} \right), \qquad
         u \sim \mathrm{Uniform}(0, 1)
 
-    Forward gives 1 where s > 1/2, which happens with probability sigmoid(log α) if σ = 1, and 0 elsewhere;
-    backward uses the derivative of s (straight-through). Without training there is no noise: 1 iff log α > 0.
+    Forward gives 1 where s > 1/2, which happens with probability sigmoid(log α / σ), and 0 elsewhere;
+    backward uses the derivative of s (straight-through). Without training, or with σ = 0, there is no noise:
+    1 iff log α > 0.
 
     Args:
         logits: log α, of any shape and floating dtype.
         temperature: t, positive; the higher, the smoother the gradient. Decisions do not depend on it.
         training: whether there is noise.
-        noise: its scale σ, not negative: 1 for the binary concrete distribution, 0 for none. A network that
-            ends its training at 0 meets in evaluation the decisions that it was trained on.
+        noise: its scale σ, a number or a scalar tensor, not negative: 1 for the binary concrete distribution,
+            0 for none. A network that ends its training at 0 meets in evaluation the decisions that it was
+            trained on.
 
     Returns:
         Exact zeros and ones in the shape and dtype of the logits; NaN where the logit is.
 
     Raises:
         TypeError: if the logits are not floating point.
-        ValueError: if the temperature is not positive.
+        ValueError: if the temperature is not positive, or the noise a number that is negative or not finite.
 
     References:
         Maddison, Mnih and Teh, The Concrete Distribution, 2017, https://arxiv.org/abs/1611.00712.
@@ -74,6 +81,8 @@ def binary_concrete(
         raise TypeError(f"logits must be floating point, received {logits.dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, received {temperature}")
+    if not isinstance(noise, Tensor) and not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be finite and not negative, received {noise}")
     # Half precision cannot tell a uniform number from 0 often enough.
     noisy = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if training:
@@ -83,72 +92,190 @@ def binary_concrete(
     return ((noisy > 0) + (relaxed - relaxed.detach())).to(logits.dtype)
 
 
+class _NoForwardPass(AttributeError, RuntimeError):
+    """Raised where a gate is read that has not run. As an AttributeError it makes ``hasattr`` False."""
+
+
 class Gate(nn.Module):
-    """A module that decides 0 or 1 for each example and keeps its logits for the losses that shape it.
+    r"""A module that decides 0 or 1 for each example and keeps its logits for the losses that shape it.
 
     A subclass computes logits of shape (N, ...) in its forward pass and gives them to :meth:`decide`.
 
+    What the last forward pass came to can be read in four ways, each of shape (N, gates):
+
+    ============================== ======================== ========================= =======================
+    reading                        value                    gradient                  for
+    ============================== ======================== ========================= =======================
+    ``decisions``                  0 or 1                   none                      what was done and spent
+    ``straight_through_decisions`` 0 or 1                   that of ``probabilities`` penalties
+    ``probabilities``              sigmoid(log α)           its derivative            batch-shaping
+    ``open_probabilities``         sigmoid(log α / σ)       its derivative            the true probability
+    ============================== ======================== ========================= =======================
+
+    Under noise of scale σ a gate is open with the probability sigmoid(log α / σ). So ``probabilities`` are
+    those of being open under the full noise, σ = 1. With less noise, gates are surer than that.
+
+    torch.fx and what builds on it, such as torchvision's feature extractors, record a gate as one call of its
+    module. So the gates of a traced network are those of the network, and are read as usual. A program from
+    torch.jit.trace or torch.export decides as the network does, but has no gates that could be read.
+
     Args:
         temperature: temperature of the :func:`binary_concrete` decision.
+        device: where the noise's scale is; as PyTorch chooses by default.
 
     Attributes:
-        noise: the scale of the decision's noise in training, a scalar tensor that a schedule may fill.
+        noise: the scale of the decision's noise in training, a scalar tensor that a schedule may fill. It is
+            no part of the state dict, and keeps its value whatever becomes of the weights (``to_empty``).
     """
 
     noise: Tensor
     _logits: Tensor | None
     _decisions: Tensor | None
-    _forced: Callable[[Tensor], Tensor] | None
+    _forced: tuple[Callable[[Tensor], Tensor], ...]
 
-    def __init__(self, temperature: float = 2 / 3) -> None:
+    def __init__(self, temperature: float = 2 / 3, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.temperature = temperature
         # A tensor, so that a schedule that changes it does not compile the network anew.
-        self.register_buffer("noise", torch.ones(()), persistent=False)
-        self._logits = self._decisions = self._forced = None
+        noise = torch.ones((), device=device, dtype=torch.float32)
+        if noise.is_meta:
+            noise = torch.ones((), device="cpu", dtype=torch.float32)
+        self.register_buffer("noise", noise, persistent=False)
+        self._logits = self._decisions = None
+        self._forced = ()
 
     def decide(self, logits: Tensor) -> Tensor:
-        """Zeros and ones of the logits' shape: sampled in training, open iff the logit > 0 in evaluation."""
-        self._logits = logits
-        if self._forced is None:
-            decisions = binary_concrete(logits, self.temperature, self.training, self.noise)
+        """Zeros and ones of the logits' shape: sampled in training, open iff the logit > 0 in evaluation.
+
+        Raises:
+            ValueError: if the logits are a single number.
+        """
+        if logits.ndim == 0:
+            raise ValueError("logits must have shape (N, ...), received a single number")
+        if self._forced:
+            decisions = self._forced[-1](logits)
         else:
-            decisions = self._forced(logits)
-        self._decisions = decisions
+            decisions = binary_concrete(logits, self.temperature, self.training, self.noise)
+        # An exported program has no state, and the tensors that it is made with have no values.
+        if not _is_exporting():
+            self._logits, self._decisions = logits, decisions
         return decisions
 
     @property
     def probabilities(self) -> Tensor:
-        """Probability of being open in the last forward pass, of shape (N, gates), with its gradient.
+        """Probability of being open under the full noise, sigmoid(log α), with its gradient.
+
+        This is what the batch-shaping loss shapes, whatever the present noise is.
 
         Raises:
             RuntimeError: if there was no forward pass, or if a gate in training made it without a gradient,
-                so that a loss could not reach the gate.
+                so that a loss could not reach the gate. It is an AttributeError too.
         """
-        if self._logits is None:
-            raise RuntimeError("the gate has no probabilities before a forward pass")
-        learns = self.training and any(p.requires_grad for p in self.parameters())
-        if learns and torch.is_grad_enabled() and not self._logits.requires_grad:
-            raise RuntimeError(
-                "the gate's last forward pass kept no gradient (torch.no_grad or a re-entrant checkpoint), "
-                "so that no loss can reach it; read its probabilities under torch.no_grad if none should"
-            )
-        return torch.sigmoid(self._logits.flatten(1))
+        return torch.sigmoid(self._read_logits())
+
+    @property
+    def open_probabilities(self) -> Tensor:
+        """Probability of being open under the present noise and mode, with its gradient.
+
+        It is sigmoid(log α / σ), and without noise or in evaluation 1 where log α > 0 and 0 elsewhere. As the
+        noise falls its gradient vanishes, except near 0: penalize :attr:`straight_through_decisions` instead.
+
+        Raises:
+            RuntimeError: as :attr:`probabilities` does.
+        """
+        read = self._read_logits()
+        logits = read.to(torch.promote_types(read.dtype, torch.float32))
+        noise = (self.noise if self.training else torch.zeros_like(self.noise)).to(logits.dtype)
+        # Infinite without noise, where the probability is a step and its gradient 0.
+        scaled = logits / noise.clamp(min=torch.finfo(noise.dtype).tiny)
+        return torch.sigmoid(scaled.masked_fill((noise == 0) & (logits == 0), -math.inf)).to(read.dtype)
 
     @property
     def decisions(self) -> Tensor:
-        """What was decided in the last forward pass, zeros and ones of shape (N, gates), without a gradient.
+        """What was decided, zeros and ones, without a gradient.
 
         Raises:
-            RuntimeError: if there was no forward pass.
+            RuntimeError: if there was no forward pass. It is an AttributeError too.
         """
-        if self._decisions is None:
-            raise RuntimeError("the gate has decided nothing before a forward pass")
-        return self._decisions.detach().flatten(1)
+        return _by_gate(self._ran(self._decisions).detach())
+
+    @property
+    def straight_through_decisions(self) -> Tensor:
+        """What was decided, zeros and ones, with the gradient of :attr:`probabilities`.
+
+        Raises:
+            RuntimeError: as :attr:`probabilities` does.
+        """
+        probabilities = self.probabilities
+        # The difference is exactly 0.
+        return self.decisions + (probabilities - probabilities.detach())
+
+    def _read_logits(self) -> Tensor:
+        """Of shape (N, gates), with the gradient that a loss needs to reach a gate that learns."""
+        logits = self._ran(self._logits)
+        learns = self.training and any(p.requires_grad for p in self.parameters())
+        if learns and torch.is_grad_enabled() and not logits.requires_grad:
+            raise _NoForwardPass(
+                "the gate's last forward pass kept no gradient (torch.no_grad or a re-entrant checkpoint), "
+                "so that no loss can reach it; read its probabilities under torch.no_grad if none should"
+            )
+        return _by_gate(logits)
+
+    def _ran(self, values: Tensor | None) -> Tensor:
+        if values is None:
+            raise _NoForwardPass(
+                "the gate has decided nothing before a forward pass (one in a replica of DataParallel, or "
+                "in a copy, is not its own)"
+            )
+        return values
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Python asks here also where a property raised an AttributeError, which says more than this one.
+            attribute = getattr(type(self), name, None)
+            if isinstance(attribute, property) and attribute.fget is not None:
+                return attribute.fget(self)
+            raise
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, fx.Proxy):
+                return self._recorded(value.tracer, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _recorded(self, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call as one step of the graph that torch.fx makes, whatever the tracer takes for a step."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+        return tracer.call_module(self, forward, args, kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Gate:
+        # No state dict has the noise. So its value outlives what drops values: to_empty, the meta device.
+        noise = self.noise
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.noise.is_meta:
+            self.noise = noise
+        elif self.noise is not noise:
+            self.noise.copy_(noise)
+        return self
+
+    def _replicate_for_data_parallel(self) -> Gate:
+        # What replicas decide is lost with them, and what was decided before is no longer the last.
+        self._logits = self._decisions = None
+        return super()._replicate_for_data_parallel()  # type: ignore[no-any-return, no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles get: all but the last forward pass, since a graph cannot be copied."""
-        return {**self.__dict__, "_logits": None, "_decisions": None, "_forced": None}
+        return {**self.__dict__, "_logits": None, "_decisions": None, "_forced": ()}
+
+
+def _by_gate(values: Tensor) -> Tensor:
+    """Of shape (N, gates)."""
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
 class _Forced:
@@ -183,7 +310,8 @@ def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None
             device. A backward pass that computes layers again belongs within the context too.
 
     Raises:
-        ValueError: if the share is not in [0, 1] or the model has no gates.
+        ValueError: if the share is not in [0, 1], the seed is negative or no integer, or the model has no
+            gates.
 
     Example:
         >>> gate = ChannelGate(8, 4).eval()
@@ -195,17 +323,16 @@ def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], received {share}")
     gates = named_gates(model).values()
-    before = [gate._forced for gate in gates]
-    forced = _Forced(share, seed)
+    forced = _Forced(share, _integer("seed", seed, least=0))
     counting = model.register_forward_pre_hook(forced.count)
     try:
         for index, gate in enumerate(gates):
-            gate._forced = partial(forced, gate=index)
+            gate._forced = (*gate._forced, partial(forced, gate=index))
         yield
     finally:
         counting.remove()
-        for gate, earlier in zip(gates, before, strict=True):
-            gate._forced = earlier
+        for gate in gates:
+            gate._forced = tuple(f for f in gate._forced if getattr(f, "func", None) is not forced)
 
 
 class ChannelGate(Gate):
@@ -219,13 +346,16 @@ class ChannelGate(Gate):
         out_channels: channels that it switches.
         hidden: width of the MLP.
         bias: added to the initial logits: the higher, the more channels are open at first; half of them at 0.
+        device: where its tensors are; as PyTorch chooses by default.
+        dtype: their type; as PyTorch chooses by default.
 
     Shape:
         x is (N, in_channels, ...) with any number of dimensions to pool over, or none. The gates are
         (N, out_channels, 1, ...) with as many, so that they multiply the channels as they are.
 
     Raises:
-        ValueError: if x has another number of channels, or is a single example in training.
+        ValueError: if a width is no positive integer or the bias not finite; if x has another number of
+            channels, or too few examples for batch normalization in training.
 
     References:
         Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
@@ -238,32 +368,71 @@ class ChannelGate(Gate):
         (torch.Size([4, 32, 7, 7]), torch.Size([4, 32]))
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 16, bias: float = 0.0) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        last = nn.Linear(hidden, out_channels)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 16,
+        bias: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device=device)
+        self.in_channels = _integer("in_channels", in_channels, least=1)
+        out_channels = _integer("out_channels", out_channels, least=1)
+        hidden = _integer("hidden", hidden, least=1)
+        if not math.isfinite(bias):
+            raise ValueError(f"bias must be finite, received {bias}")
+        last = nn.Linear(hidden, out_channels, device=device, dtype=dtype)
         with torch.no_grad():
             last.bias.add_(bias)
         self.to_logits = nn.Sequential(
-            nn.Linear(in_channels, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), last
+            nn.Linear(self.in_channels, hidden, bias=False, device=device, dtype=dtype),
+            nn.BatchNorm1d(hidden, device=device, dtype=dtype),
+            nn.ReLU(),
+            last,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros and ones of shape (N, out_channels, 1, ...), of x's number of dimensions."""
-        if x.ndim < 2 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have shape (N, {self.in_channels}, ...), received {tuple(x.shape)}")
-        if self.training and len(x) == 1:
-            raise ValueError(
-                "a gate in training normalizes over the batch and needs at least 2 examples, received 1 "
-                "(drop_last=True leaves out a last batch of one)"
-            )
+        # torch.jit.trace warns of every question about a shape.
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            self._refuse_unreadable(x)
         pooled = x.flatten(2).mean(dim=2) if x.ndim > 2 else x
         gates = self.decide(self.to_logits(pooled))
         return gates.reshape(*gates.shape, *[1] * (x.ndim - 2))
 
+    def _refuse_unreadable(self, x: Tensor) -> None:
+        if x.ndim < 2 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have shape (N, {self.in_channels}, ...), received {tuple(x.shape)}")
+        if x.shape[0] < 2:
+            norm = self.to_logits[1]
+            # Synchronized batch normalization, of another class, has the examples of other ranks too.
+            if norm.training and isinstance(norm, nn.BatchNorm1d):
+                raise ValueError(
+                    "a gate in training normalizes over the batch and needs at least 2 examples, "
+                    f"received {x.shape[0]} (drop_last=True leaves out a last batch of one)"
+                )
+
+
+def _integer(name: str, value: int, least: int) -> int:
+    """A setting that counts something."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, at least {least}, received {value!r}")
+    return number
+
 
 def gate_probabilities(model: nn.Module) -> list[Tensor]:
     """The probabilities of all gates of a model in its last forward pass, with their gradient attached.
+
+    They are sigmoid(log α), the probabilities of being open under the full noise, whatever the noise of the
+    gates is. With less noise gates are surer than that: what they cost is what they decide, see
+    :func:`straight_through_decisions`.
 
     Args:
         model: a module that holds :class:`Gate` s, in any depth.
@@ -307,6 +476,43 @@ def gate_decisions(model: nn.Module) -> list[Tensor]:
     return _read_gates(model, lambda gate: gate.decisions)
 
 
+def straight_through_decisions(model: nn.Module) -> list[Tensor]:
+    r"""What all gates of a model decided in its last forward pass, with the gradient of their probabilities.
+
+    The value of each is exactly 0 or 1; the gradient is that of p = sigmoid(log α), for which a decision d
+    stands in (straight-through):
+
+    .. math::
+        d + p - \mathrm{stopgrad}(p)
+
+    A penalty on them, such as their mean or the multiply-adds that they cost, has the value of what was
+    spent, under any noise, and its gradient does not vanish with the noise.
+
+    Args:
+        model: a module that holds :class:`Gate` s, in any depth.
+
+    Returns:
+        One tensor of zeros and ones, of shape (N, gates), a gate module, in the order of ``model.modules()``.
+
+    Raises:
+        ValueError: if the model has no gates.
+        RuntimeError: if a gate has not run yet, or runs in training but kept no gradient.
+
+    References:
+        Bengio, Léonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons for
+        Conditional Computation, 2013, https://arxiv.org/abs/1308.3432.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32))
+        >>> gates = model(torch.randn(64, 1, 9, 9))
+        >>> penalty = l0_penalty(straight_through_decisions(model))
+        >>> torch.equal(penalty, gates.mean())
+        True
+        >>> penalty.backward()
+    """
+    return _read_gates(model, lambda gate: gate.straight_through_decisions)
+
+
 def named_gates(model: nn.Module) -> dict[str, Gate]:
     """The gates of a model by the names of their modules.
 
@@ -340,14 +546,15 @@ def l0_penalty(probabilities: Tensor | Sequence[Tensor]) -> Tensor:
         \frac{1}{N G} \sum_{n=1}^N \sum_{g=1}^G p_{n g}
 
     Args:
-        probabilities: a tensor (N, gates), or one for each layer as :func:`gate_probabilities` gives them;
-            every gate counts the same, whatever its layer.
+        probabilities: a tensor (N, gates), or one for each layer as :func:`gate_probabilities` gives them, or
+            :func:`straight_through_decisions` where there is less than the full noise; every gate counts the
+            same, whatever its layer.
 
     Returns:
         A scalar in [0, 1].
 
     Raises:
-        ValueError: if there are no gates.
+        ValueError: if there are no gates, or layers of different numbers of examples.
 
     References:
         Louizos, Welling and Kingma, Learning Sparse Neural Networks through L0 Regularization, ICLR 2018,
@@ -383,7 +590,8 @@ def gate_statistics(decisions: Tensor | Sequence[Tensor]) -> GateStatistics:
         The shares of gates always on, always off and conditional, and the mean share of open gates.
 
     Raises:
-        ValueError: if there are no examples or no gates, or a decision is neither 0 nor 1.
+        ValueError: if there are no examples or no gates, layers of different numbers of examples, or a
+            decision that is neither 0 nor 1.
 
     Example:
         >>> gate_statistics(torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1]]))
@@ -391,7 +599,7 @@ def gate_statistics(decisions: Tensor | Sequence[Tensor]) -> GateStatistics:
     """
     counts = GateCounts(classes=1)
     decisions = _all_gates(decisions)
-    counts.update([decisions], torch.zeros(len(decisions), dtype=torch.long))
+    counts.update([decisions], torch.zeros(len(decisions), dtype=torch.long, device="cpu"))
     return counts.statistics()
 
 
@@ -399,7 +607,7 @@ class GateCounts:
     """Counts over a data set, batch by batch, how often each gate is open for each class.
 
     Args:
-        classes: how many there are.
+        classes: how many there are, at least one.
 
     Attributes:
         open: for each layer, in how many examples of each class each gate was open: integers of shape
@@ -421,7 +629,7 @@ class GateCounts:
 
     def __init__(self, classes: int) -> None:
         self.open = []
-        self.examples = torch.zeros(classes, dtype=torch.long)
+        self.examples = torch.zeros(_integer("classes", classes, least=1), dtype=torch.long, device="cpu")
 
     def update(self, decisions: Sequence[Tensor], labels: Tensor) -> None:
         """Count a batch.
@@ -431,19 +639,34 @@ class GateCounts:
             labels: the examples' classes 0, 1, ..., of shape (N,).
 
         Raises:
-            ValueError: if a decision is neither 0 nor 1.
+            ValueError: if shapes do not agree, a decision is neither 0 nor 1, or a label is no class. Nothing
+                is counted then.
         """
+        if labels.ndim != 1 or labels.is_floating_point():
+            received = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ValueError(f"labels must be integers of shape (N,), received {received}")
         labels = labels.to("cpu", torch.long)
+        classes = len(self.examples)
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(f"labels must be in 0, ..., {classes - 1}, received {wrong[0].item()}")
+        shapes = [tuple(layer.shape) for layer in decisions]
+        gates: list[Any] = [earlier.shape[1] for earlier in self.open]
+        if not self.open:  # The first batch says how many gates there are.
+            gates = [shape[1] if len(shape) == 2 else "gates" for shape in shapes]
+        expected = [(len(labels), number) for number in gates]
+        if shapes != expected:
+            raise ValueError(f"decisions must have shapes (N, gates) = {expected}, received {shapes}")
         batch = []
         for layer in decisions:
             is_open = layer.bool()
-            wrong = layer[layer != is_open]
-            if len(wrong):
-                raise ValueError(f"decisions must be 0 or 1, received {wrong[0].item():.6g}")
-            empty = torch.zeros(len(self.examples), layer.shape[1], dtype=torch.long)
+            undecided = layer[layer != is_open]
+            if len(undecided):
+                raise ValueError(f"decisions must be 0 or 1, received {undecided[0].item():.6g}")
+            empty = torch.zeros(classes, layer.shape[1], dtype=torch.long, device="cpu")
             batch.append(empty.index_add(0, labels, is_open.to("cpu", torch.long)))
         self.open = [old + new for old, new in zip(self.open, batch, strict=True)] if self.open else batch
-        self.examples = self.examples + labels.bincount(minlength=len(self.examples))
+        self.examples = self.examples + labels.bincount(minlength=classes)
 
     def statistics(self, layer: int | None = None) -> GateStatistics:
         """What the gates did over all examples so far.
@@ -460,14 +683,19 @@ class GateCounts:
         layers = self.open if layer is None else [self.open[layer]]
         total = torch.cat([counts.sum(dim=0) for counts in layers])
         always_on, always_off = total == examples, total == 0
-        shares = (always_on, always_off, ~(always_on | always_off), total / examples)
+        shares = (always_on, always_off, ~(always_on | always_off), total.double() / examples)
         return GateStatistics(*(share.double().mean().item() for share in shares))
 
 
 def _all_gates(layers: Tensor | Sequence[Tensor]) -> Tensor:
     """Side by side, (N, gates of all layers)."""
-    together = layers if isinstance(layers, Tensor) else torch.cat([*layers], dim=1) if layers else None
-    if together is None or together.numel() == 0:
-        shape = None if together is None else tuple(together.shape)
-        raise ValueError(f"there must be at least one example and one gate, received shape {shape}")
-    return together
+    if not isinstance(layers, Tensor):
+        shapes = [tuple(layer.shape) for layer in layers]
+        if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
+            raise ValueError(f"layers must have shapes (N, gates) with the same N, received {shapes}")
+        layers = torch.cat([*layers], dim=1) if shapes else torch.empty(0, 0, device="cpu")
+    if layers.numel() == 0:
+        raise ValueError(
+            f"there must be at least one example and one gate, received shape {tuple(layers.shape)}"
+        )
+    return layers

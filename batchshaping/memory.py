@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from batchshaping.checks import known_to_hold
 
 __all__ = ["Memory"]
 
@@ -13,7 +16,10 @@ __all__ = ["Memory"]
 class Memory(nn.Module):
     """The values of past batches, first in first out, kept in ``state_dict``.
 
-    They are extra state and no buffers: DistributedDataParallel would overwrite those with another rank's.
+    In a state there are three tensors: ``values`` of all batches side by side, of shape (arrays..., N); the
+    number of values in each batch, ``sizes``; and how many of these are samples, ``counts``, of shape
+    (batches, arrays...). The module itself keeps them as plain attributes, because DistributedDataParallel
+    overwrites buffers with those of rank 0.
 
     Args:
         batches: how many to keep.
@@ -26,7 +32,7 @@ class Memory(nn.Module):
         self.counts: list[Tensor | None] = []
 
     def join(self, values: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Put what is remembered behind values of shape (arrays..., N); in training, remember these too.
+        """Put what is remembered behind values of shape (arrays..., N).
 
         Returned are the joined values and, if some are masked, the number of samples of each array.
         """
@@ -38,24 +44,83 @@ class Memory(nn.Module):
                 )
         joined = torch.cat([values, *(past.to(values) for past in self.values)], dim=-1)
         counts = [count, *self.counts]
-        total = None
-        if any(c is not None for c in counts):
-            sizes = [v.shape[-1] for v in (values, *self.values)]
-            shape = values.shape[:-1]
-            total = torch.zeros(shape, dtype=torch.int64, device=values.device)
-            for known, size in zip(counts, sizes, strict=True):
-                total = total + (size if known is None else known.to(values.device))
-        if self.training:
-            self.values = [values.detach().clone(), *self.values][: self.batches]
-            self.counts = [count, *self.counts][: self.batches]
+        if all(known is None for known in counts):
+            return joined, None
+        total = torch.zeros(values.shape[:-1], dtype=torch.int64, device=values.device)
+        for known, past in zip(counts, (values, *self.values), strict=True):
+            total = total + (past.shape[-1] if known is None else known.to(values.device))
         return joined, total
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"values": self.values, "counts": self.counts}
+    def remember(self, values: Tensor, count: Tensor | None) -> None:
+        """In training, put a batch in front of the remembered ones, of which the oldest may go.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.values = list(state["values"])[: self.batches]
-        self.counts = list(state["counts"])[: self.batches]
+        A batch with a NaN is not remembered. Where that cannot be read without stopping a device, it is
+        remembered without the arrays that have one.
+        """
+        if not self.training:
+            return
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "history cannot remember values inside of torch.func transforms, call eval() on the loss"
+            )
+        values = values.detach()
+        broken = values.isnan().any(dim=-1)
+        if not known_to_hold(~broken):
+            return
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
+            values = values.masked_fill(broken.unsqueeze(-1), torch.inf)
+            everything = torch.full_like(broken, values.shape[-1], dtype=torch.int64)
+            count = (everything if count is None else count).masked_fill(broken, 0)
+        self.values = [values.clone(), *self.values][: self.batches]
+        self.counts = [count, *self.counts][: self.batches]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.values = [fn(values) for values in self.values]
+        self.counts = [count if count is None else fn(count) for count in self.counts]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        sizes = [values.shape[-1] for values in self.values]
+        counts = [
+            torch.full(values.shape[:-1], values.shape[-1]) if count is None else count.cpu()
+            for values, count in zip(self.values, self.counts, strict=True)
+        ]
+        destination[f"{prefix}values"] = torch.cat(self.values, dim=-1) if sizes else torch.zeros(0)
+        destination[f"{prefix}sizes"] = torch.tensor(sizes, dtype=torch.int64)
+        destination[f"{prefix}counts"] = torch.stack(counts) if sizes else torch.zeros(0, dtype=torch.int64)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state = {
+            key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
+        }
+        former = state.pop("_extra_state", None)  # lists, as they once were saved
+        if former is not None:
+            values, counts = list(former["values"]), list(former["counts"])
+        else:
+            names = ("values", "sizes", "counts")
+            missing = [f"{prefix}{name}" for name in names if name not in state]
+            if missing:
+                missing_keys.extend(missing if strict else [])
+                return
+            side_by_side, sizes, of_each = (state.pop(name) for name in names)
+            parts = side_by_side.split(sizes.tolist(), dim=-1) if len(sizes) else ()
+            values = [part.detach().clone() for part in parts]
+            counts = [
+                None if bool((count == size).all()) else count.clone()
+                for count, size in zip(of_each, sizes.tolist(), strict=True)
+            ]
+        unexpected_keys.extend(f"{prefix}{name}" for name in state if strict)
+        self.values, self.counts = values[: self.batches], counts[: self.batches]
 
     def extra_repr(self) -> str:
         return f"batches={self.batches}"

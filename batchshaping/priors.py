@@ -7,7 +7,8 @@ learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,72 +17,119 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
-from batchshaping.checks import known_to_hold
-from batchshaping.derivatives import PreparedCDF
+from batchshaping.beta_density import LARGEST_CONCENTRATION, SMALLEST_CONCENTRATION
+from batchshaping.checks import extent, known_to_hold
+from batchshaping.derivatives import PreparedCDF, nearest_inside, stretched
 
-__all__ = ["Beta", "ClosedFormPrior", "Normal", "RelaxedBernoulli", "SymBeta"]
+__all__ = ["Beta", "ClosedFormPrior", "Normal", "Range", "RelaxedBernoulli", "SymBeta", "check_parameters"]
 
 
-class _Range(NamedTuple):
-    """The values that a parameter can take."""
+class Range(NamedTuple):
+    """The values that a parameter can take: an open interval."""
 
     description: str
-    holds: Callable[[Tensor], Tensor]
+    lower: float = -math.inf
+    upper: float = math.inf
+
+    def outside(self, values: Tensor) -> Tensor | None:
+        """The values that are not in the range; None where there are none, or they cannot be read."""
+        found = extent(values)
+        # A comparison with NaN is False.
+        if found is None or (self.lower < found[0] and found[1] < self.upper):
+            return None
+        values = values.detach()
+        return values[~((values > self.lower) & (values < self.upper))]
 
 
-_POSITIVE = _Range("positive and finite", lambda v: (v > 0) & v.isfinite())
-_UNIT = _Range("between 0 and 1, both excluded", lambda v: (v > 0) & (v < 1))
-_REAL = _Range("finite", torch.isfinite)
+_POSITIVE = Range("positive and finite", lower=0.0)
+_CONCENTRATION = Range("between 1e-300 and 1e300", SMALLEST_CONCENTRATION, LARGEST_CONCENTRATION)
+_UNIT = Range("between 0 and 1, both excluded", lower=0.0, upper=1.0)
+_REAL = Range("finite")
 
 
 class ClosedFormPrior(td.Distribution):
     """A distribution on the line whose CDF has derivatives in closed form.
 
     A subclass names its parameters and their ranges in ``ranges``, and defines ``prepare``, ``cdf`` and
-    ``quantile``.
+    ``quantile``. One that redefines ``cdf`` without ``prepare`` has no closed form any more; it is treated as
+    a distribution of anyone else's.
+
+    Attributes:
+        in_closed_form: whether ``prepare`` tells what ``cdf`` does.
+        key: tells the class from all others of the process, of the same name too. By it, compiled programs
+            look the class up in ``by_key``.
     """
 
-    ranges: ClassVar[dict[str, _Range]]
-    name: ClassVar[str]
-    by_name: ClassVar[dict[str, type[ClosedFormPrior]]] = {}
+    ranges: ClassVar[dict[str, Range]]
+    in_closed_form: ClassVar[bool] = True
+    key: ClassVar[str]
+    by_key: ClassVar[dict[str, type[ClosedFormPrior]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = f"{cls.__module__}.{cls.__qualname__}"
-        ClosedFormPrior.by_name[cls.name] = cls
+        if {"cdf", "prepare"} & vars(cls).keys():
+            cls.in_closed_form = "prepare" in vars(cls)
+        cls.key = next(
+            key
+            for n in itertools.count()
+            if (key := f"{cls.__module__}.{cls.__qualname__}#{n}") not in ClosedFormPrior.by_key
+        )
+        ClosedFormPrior.by_key[cls.key] = cls
 
     def _set_parameters(self, validate_args: bool | None, **given: Tensor | float) -> None:
         """Keep the parameters as given, checked; numbers in double precision."""
         self._given = given
-        self._tensors = {
-            name: torch.tensor(float(value), dtype=torch.float64)
-            if not isinstance(value, Tensor)
-            else value
-            if value.is_floating_point()
-            else value.to(torch.get_default_dtype())
-            for name, value in given.items()
-        }
+        self._checked = validate_args is not False
+        self._tensors = {name: self._as_tensor(name, value) for name, value in given.items()}
         try:
-            batch_shape = torch.broadcast_shapes(*(t.shape for t in self._tensors.values()))
+            all_shapes = [t.shape for t in self._tensors.values()]
+            batch_shape = max(all_shapes, key=len)
+            if any(shape and shape != batch_shape for shape in all_shapes):
+                # torch takes longer for this than for all the rest.
+                batch_shape = torch.broadcast_shapes(*all_shapes)
         except RuntimeError:
             shapes = ", ".join(f"{k} {tuple(t.shape)}" for k, t in self._tensors.items())
             raise ValueError(f"{type(self).__name__}: parameters must broadcast, received {shapes}") from None
-        if validate_args is not False:
-            for name, tensor in self._tensors.items():
-                self._check(name, tensor)
+        self.check()
         # torch's own checks would print a tensor over many lines, and read it on every device.
         td.Distribution.__init__(self, batch_shape, validate_args=False)
 
-    def _check(self, name: str, tensor: Tensor) -> None:
-        holds = self.ranges[name].holds(tensor.detach())
-        if known_to_hold(holds):
+    def _as_tensor(self, name: str, value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            if value.is_complex():
+                raise TypeError(f"{type(self).__name__}: {name} must be real, received {value.dtype}")
+            whole = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            return value if value.is_floating_point() else value.to(whole)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{type(self).__name__}: {name} must be a number or a tensor, received {_in_short(value)}"
+            ) from None
+        # The same wherever the prior is made: other tensors of the process may be made on another device, or
+        # in inference mode, where autograd cannot save them.
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return torch.tensor(number, dtype=torch.float64, device="cpu")
+        return torch.tensor(number, dtype=torch.float64, device="cpu")
+
+    def check(self) -> None:
+        """Refuse parameters out of range, as far as they can be read; not if made with validate_args=False.
+
+        Raises:
+            ValueError: naming the parameter and its value.
+        """
+        if not self._checked:
             return
-        wrong = tensor.detach()[~holds]
-        count = "" if tensor.ndim == 0 else f" ({len(wrong)} of {tensor.numel()} values)"
-        raise ValueError(
-            f"{type(self).__name__}: {name} must be {self.ranges[name].description}, "
-            f"received {wrong[0].item():.6g}{count}"
-        )
+        for name, tensor in self._tensors.items():
+            wrong = self.ranges[name].outside(tensor)
+            if wrong is not None:
+                raise _out_of_range(self, name, self.ranges[name].description, wrong, tensor)
+
+    @property
+    def given(self) -> dict[str, Tensor | float]:
+        """What it was made with: the tensors, and the numbers."""
+        return {n: self._tensors[n] if isinstance(v, Tensor) else v for n, v in self._given.items()}
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -127,9 +175,11 @@ class ClosedFormPrior(td.Distribution):
         return tails
 
     def replace(self, **parameters: Tensor | float) -> ClosedFormPrior:
-        """The same prior with some parameters replaced, not checked."""
+        """The same prior with some parameters replaced, not checked before :meth:`check`."""
         merged: dict[str, Any] = {**self._given, **parameters}
-        return type(self)(**merged, validate_args=False)
+        replaced = type(self)(**merged, validate_args=False)
+        replaced._checked = self._checked
+        return replaced
 
     def of_arrays(self, shape: torch.Size, arrays: slice) -> ClosedFormPrior:
         """The priors of some of the arrays of a shape, counted in row-major order."""
@@ -142,7 +192,7 @@ class ClosedFormPrior(td.Distribution):
     def __repr__(self) -> str:
         shown = (
             f"{name}=tensor{tuple(value.shape)}"
-            if isinstance(value, Tensor) and value.ndim
+            if isinstance(value, Tensor) and (value.ndim or value.is_meta)
             else f"{name}={float(torch.as_tensor(value).detach()):.6g}"
             for name, value in self._given.items()
         )
@@ -154,9 +204,12 @@ class _LogTails(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor, prior: type[ClosedFormPrior], *parameters: Tensor) -> tuple[Tensor, ...]:
+        # A prepared CDF writes over what has the shape of its values.
+        value = value.expand(torch.broadcast_shapes(value.shape, *(p.shape for p in parameters)))
         at = prior.prepare(parameters, value.dtype, gradients=True, tails=True).logs(value)
         cdf_by, sf_by = zip(*at.parameters, strict=True)
-        return at.log_cdf, at.log_sf, at.cdf_by_x, *cdf_by, at.sf_by_x, *sf_by
+        stretch = () if at.stretch is None else (at.stretch,)
+        return at.log_cdf, at.log_sf, at.cdf_by_x, *cdf_by, at.sf_by_x, *sf_by, *stretch
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -168,12 +221,62 @@ class _LogTails(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cdf_gradient: Tensor, sf_gradient: Tensor, *_: Any) -> Any:
         half = len(ctx.operands)
-        pairs = zip(ctx.saved_tensors[:half], ctx.saved_tensors[half:], ctx.operands, strict=True)
+        cdf_by, sf_by, stretch = (ctx.saved_tensors[k : k + half] for k in (0, half, 2 * half))
+        by, *by_parameters = (
+            cdf_gradient * cdf + sf_gradient * sf for cdf, sf in zip(cdf_by, sf_by, strict=True)
+        )
         by_value, *by_parameter = (
-            (cdf_gradient * cdf_by + sf_gradient * sf_by).sum_to_size(shape).to(dtype)
-            for cdf_by, sf_by, (shape, dtype) in pairs
+            total.sum_to_size(shape).to(dtype)
+            for total, (shape, dtype) in zip(
+                (stretched(by, *(stretch or (None,))), *by_parameters), ctx.operands, strict=True
+            )
         )
         return by_value, None, *by_parameter
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, value: Tensor, prior: Any, *parameters: Tensor) -> Any:
+        mapped = list(zip((value, *parameters), (in_dims[0], *in_dims[2:]), strict=True))
+        rank = max(t.ndim - (d is not None) for t, d in mapped)
+        value, *rest = (cdf_beta.to_front(t, d, rank) for t, d in mapped)
+        outputs = _LogTails.apply(value, prior, *rest)
+        return outputs, (0,) * len(outputs)
+
+
+def check_parameters(prior: td.Distribution) -> None:
+    """Refuse a prior whose parameters have left their range since it was made, as far as they can be read.
+
+    Raises:
+        ValueError: naming the parameter and its value.
+    """
+    if isinstance(prior, ClosedFormPrior):
+        prior.check()
+    # Not by the default of torch, which a compiler turns off for the whole process.
+    elif not torch.compiler.is_compiling() and vars(prior).get("_validate_args", True):
+        for name, constraint in prior.arg_constraints.items():
+            tensor = vars(prior).get(name)
+            if tensor is None and type(getattr(type(prior), name, None)) is property:
+                tensor = getattr(prior, name)
+            # What is fixed was checked when the prior was made.
+            if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+                continue
+            if not td.constraints.is_dependent(constraint):
+                holds = constraint.check(tensor.detach())
+                if not known_to_hold(holds):
+                    raise _out_of_range(prior, name, str(constraint), tensor.detach()[~holds], tensor)
+
+
+def _out_of_range(
+    prior: td.Distribution, name: str, description: str, wrong: Tensor, of: Tensor
+) -> ValueError:
+    """The error that names a parameter, the range that it has left, and one of the wrong values."""
+    count = "" if of.ndim == 0 else f" ({len(wrong)} of {of.numel()} values)"
+    value = wrong.reshape(-1)[0].item()
+    return ValueError(f"{type(prior).__name__}: {name} must be {description}, received {value:.6g}{count}")
+
+
+def _in_short(value: object) -> str:
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def _rounded(dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -191,18 +294,18 @@ class Beta(ClosedFormPrior, td.Beta):
     a and b both below 1 give a U shape: values near 0 or near 1, few between, as a gate should have them.
 
     Args:
-        a: first concentration, positive; its ratio to a + b is the mean.
-        b: second concentration, positive, of a shape that broadcasts with a's.
+        a: first concentration, between 1e-300 and 1e300; its ratio to a + b is the mean.
+        b: second concentration, likewise, of a shape that broadcasts with a's.
 
     Raises:
-        ValueError: if a parameter is not positive, or their shapes do not broadcast.
+        ValueError: if a parameter is out of range, or their shapes do not broadcast.
 
     Example:
         >>> Beta(0.6, 0.4).cdf(torch.tensor([0.1, 0.5, 0.9]))
         tensor([0.1297, 0.3841, 0.6951])
     """
 
-    ranges = {"a": _POSITIVE, "b": _POSITIVE}
+    ranges = {"a": _CONCENTRATION, "b": _CONCENTRATION}
 
     def __init__(self, a: Tensor | float, b: Tensor | float, validate_args: bool | None = None) -> None:
         self._set_parameters(validate_args, a=a, b=b)
@@ -234,12 +337,12 @@ class Beta(ClosedFormPrior, td.Beta):
 
     def cdf(self, value: Tensor) -> Tensor:
         a, b = self.parameters
-        return cdf_beta.betainc(a, b, value)
+        return cdf_beta.betainc(a, b, value).to(value.dtype)
 
     @staticmethod
     def quantile(parameters: tuple[Tensor, ...], p: Tensor) -> Tensor:
         a, b = parameters
-        return cdf_beta.betaincinv(a, b, p)
+        return cdf_beta.betaincinv(a, b, p).to(p.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         a, b = self.parameters
@@ -265,7 +368,7 @@ class SymBeta(Beta):
         tensor([0.0657, 0.6802, 0.9937])
     """
 
-    ranges = {"a": _UNIT}
+    ranges = {"a": _UNIT._replace(lower=SMALLEST_CONCENTRATION)}
 
     def __init__(self, a: Tensor | float, validate_args: bool | None = None) -> None:
         self._set_parameters(validate_args, a=a)
@@ -347,13 +450,22 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
         mean, temperature = _rounded(value.dtype, *self.parameters)
         inside = (value > 0) & (value < 1) | value.isnan()
         logit = torch.logit(torch.where(inside, value, 0.5))
-        cdf = torch.sigmoid(temperature * logit - torch.logit(mean))
+        cdf = cdf_relaxedbernoulli.sigmoid_with_tails(temperature * logit - torch.logit(mean))
         return torch.where(inside, cdf, (value > 0.5).to(value.dtype))
 
     @staticmethod
     def quantile(parameters: tuple[Tensor, ...], p: Tensor) -> Tensor:
         mean, temperature = _rounded(p.dtype, *parameters)
         return torch.sigmoid((torch.logit(p) + torch.logit(mean)) / temperature)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        mean, temperature = _rounded(value.dtype, *self.parameters)
+        x, _ = nearest_inside(value)
+        # The density of a logistic variable u, and the slope of u.
+        u = temperature * torch.logit(x) - torch.logit(mean)
+        logistic = torch.nn.functional.logsigmoid(u) + torch.nn.functional.logsigmoid(-u)
+        density: Tensor = logistic + temperature.log() - x.log() - torch.log1p(-x)
+        return density.to(value.dtype)
 
 
 class Normal(ClosedFormPrior, td.Normal):
@@ -405,3 +517,9 @@ class Normal(ClosedFormPrior, td.Normal):
         loc, scale = _rounded(p.dtype, *parameters)
         standard: Tensor = torch.special.ndtri(p)
         return loc + scale * standard
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        loc, scale = _rounded(value.dtype, *self.parameters)
+        standard = (value - loc) / scale
+        density: Tensor = -0.5 * standard.square() - scale.log() - 0.5 * math.log(2 * math.pi)
+        return density.to(value.dtype)

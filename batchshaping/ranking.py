@@ -31,7 +31,8 @@ def order_statistics(x: Tensor) -> OrderStatistics:
     On the CPU NumPy's vectorised sort does the work, with the same result as ``torch.sort(stable=True)`` but
     for -0.0, which may come back as 0.0.
     """
-    if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if x.device.type == "cpu" and x.numel() and not traced:
         method = _CPU_SORTS.get(x.dtype)
         found = method(x.detach()) if method is not None else None
         if found is not None:
@@ -50,10 +51,12 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     keys = x.double()
     least, greatest = (float(v) for v in torch.aminmax(x))
     if not 0.0 < least <= greatest < math.inf:
-        # An infinity has no free bits, but a number that rounds to it has; and -0.0 becomes 0.0.
-        keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(0.0)
+        # An infinity has no free bits, but a number that rounds to it has. A zero with an index in its bits
+        # would be subnormal, which a processor that flushes subnormal numbers to zero takes for 0; a normal
+        # number that rounds to 0 stands for it. What is not 0 stays the same.
+        keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(_ROUNDS_TO_ZERO)
     bits = keys.view(torch.int64)
-    bits |= torch.arange(x.shape[-1])
+    bits |= torch.arange(x.shape[-1], device=x.device)
     # The more is added to a negative number the less it is: there the index is counted backwards.
     negative = least < 0
     if negative:
@@ -79,6 +82,7 @@ def _sort_float64(x: Tensor) -> OrderStatistics | None:
 # A float32 leaves 29 bits of a float64 free; half of what they count is rounded off.
 _INDEX_BITS = 2**28 - 1
 _ROUNDS_TO_INFINITY = 2.0**1000
+_ROUNDS_TO_ZERO = 2.0**-1000
 _CPU_SORTS = {torch.float32: _sort_float32, torch.float64: _sort_float64}
 
 

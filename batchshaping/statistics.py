@@ -17,16 +17,21 @@ A statistic of one's own is a subclass of :class:`Statistic` with one method.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from batchshaping.derivatives import stretched
 from batchshaping.priors import ClosedFormPrior, Normal
 from batchshaping.ranking import order_statistics, ranks
+from batchshaping.tails import log_tails
 
 __all__ = [
     "AndersonDarling",
@@ -48,7 +53,10 @@ _TILE = 2**18
 # glibc keeps freed memory for the next request up to the size of the largest block it has seen freed, at most
 # 32 MiB. Below, it returns the intermediate results to the system after each step, and the page faults of
 # getting them back take a third of the time. So let it see one such block freed, which nobody wrote to.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
+
+_Made = TypeVar("_Made", bound="ClosedFormStatistic")
 
 
 class Samples:
@@ -143,8 +151,12 @@ class Statistic(ABC):
         current: Tensor | None,
         ties: bool,
         prior: Distribution,
+        logits: bool,
     ) -> Tensor:
-        """The statistic of each array: x of shape (..., N) to (...); see :class:`Samples`."""
+        """The statistic of each array: x of shape (..., N) to (...); see :class:`Samples`.
+
+        Logits are put in order, and share ranks, as they are given; their sigmoids are what is compared.
+        """
         with torch.no_grad():
             samples = Samples(x, count, ties, current)
         # A product, so that the gradients of an array with a NaN are NaN too.
@@ -152,6 +164,7 @@ class Statistic(ABC):
         values = x.gather(-1, samples.order.indices)
         if samples.counts is not None:
             values = torch.where(samples.counts, values, samples.values)
+        values = torch.sigmoid(values) if logits else values
         # Distributions broadcast from the right, so here the samples come first.
         positions = samples.positions().movedim(-1, 0)
         positions = positions.reshape(-1, *[1] * (values.ndim - 1)) if positions.ndim == 1 else positions
@@ -172,17 +185,42 @@ class Terms(NamedTuple):
 class ClosedFormStatistic(Statistic):
     """A statistic with closed forms of its derivatives for a prior that has those of its CDF.
 
-    A compiled program makes it anew from its ``name`` and the ``arguments`` of its constructor.
+    A subclass that redefines ``terms`` or ``loss`` without ``closed_form`` or ``loss_and_gradients`` has no
+    closed form any more; it is differentiated by autograd.
+
+    Attributes:
+        in_closed_form: whether there are closed forms of what ``terms`` and ``loss`` give.
+        key: tells the object from all others of the process, copies of it too. By it, compiled programs look
+            the object up, so that they use it with the state that it has when they run.
     """
 
-    arguments: tuple[float, ...] = ()
-    name: ClassVar[str]
-    by_name: ClassVar[dict[str, type[ClosedFormStatistic]]] = {}
+    in_closed_form: ClassVar[bool] = True
+    key: str
+    _by_key: ClassVar[WeakValueDictionary[str, ClosedFormStatistic]] = WeakValueDictionary()
+    _number: ClassVar[Iterator[int]] = itertools.count()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = f"{cls.__module__}.{cls.__qualname__}"
-        ClosedFormStatistic.by_name[cls.name] = cls
+        closed = {"closed_form", "loss_and_gradients"} & vars(cls).keys()
+        if closed or {"terms", "loss"} & vars(cls).keys():
+            cls.in_closed_form = bool(closed)
+
+    def __new__(cls: type[_Made], *_: Any, **__: Any) -> _Made:
+        made = super().__new__(cls)
+        object.__setattr__(made, "key", f"{cls.__module__}.{cls.__qualname__}#{next(cls._number)}")
+        cls._by_key[made.key] = made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "key"}
+
+    @staticmethod
+    def by_key(key: str) -> ClosedFormStatistic:
+        """The statistic of this process with this key."""
+        found = ClosedFormStatistic._by_key.get(key)
+        if found is None:
+            raise RuntimeError(f"the statistic {key} of a compiled program is gone: compile it again")
+        return found
 
     @abstractmethod
     def closed_form(
@@ -299,10 +337,11 @@ class AndersonDarling(ClosedFormStatistic):
         gradients: bool,
     ) -> Callable[[slice], Terms]:
         prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients, tails=True)
-        evaluate = prepared.logs_at_logits if logits else prepared.logs
 
         def terms(tile: slice) -> Terms:
-            at = evaluate(samples.values[..., tile])
+            values = samples.values[..., tile]
+            # An infinite logit has an infinite logarithm, and a huge one stands for it.
+            at = prepared.logs_at_logits(values.clamp(-1e30, 1e30)) if logits else prepared.logs(values)
             p = samples.positions(tile)
             entropy = torch.special.entr(p) + torch.special.entr(1 - p)
 
@@ -312,7 +351,7 @@ class AndersonDarling(ClosedFormStatistic):
             # No term is negative but by rounding.
             value = mean(at.log_cdf, at.log_sf).sub_(entropy).clamp_min_(0.0).mul_(2)
             by_parameter = tuple(mean(*pair) for pair in at.parameters)
-            return Terms(value, mean(at.cdf_by_x, at.sf_by_x), by_parameter)
+            return Terms(value, stretched(mean(at.cdf_by_x, at.sf_by_x), at.stretch), by_parameter)
 
         return terms
 
@@ -373,8 +412,7 @@ class EppsPulley(ClosedFormStatistic):
     """
 
     def __init__(self, limit: float = 3.0, points: int = 17) -> None:
-        self.arguments = (limit, points)
-        self.t = torch.linspace(0.0, limit, int(points), dtype=torch.float64)
+        self.t = torch.linspace(0.0, limit, int(points), dtype=torch.float64, device="cpu")
         self.target = torch.exp(-self.t.square() / 2)
         step = limit / (points - 1)
         self.weights = self.target * 2 * step
@@ -393,13 +431,16 @@ class EppsPulley(ClosedFormStatistic):
         current: Tensor | None,
         ties: bool,
         prior: Distribution,
+        logits: bool,
     ) -> Tensor:
         if not isinstance(prior, torch.distributions.Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior}")
-        # What is masked is infinite.
-        left_out = torch.zeros((), dtype=torch.bool) if count is None else x == torch.inf
-        x = x + self._poison(x, count)
-        z = (x.masked_fill(left_out, 0.0) - prior.loc.unsqueeze(-1)) / prior.scale.unsqueeze(-1)
+        left_out = (
+            torch.zeros((), dtype=torch.bool, device=x.device) if count is None else _left_out(x, count)
+        )
+        x = x.masked_fill(left_out, 0.0)
+        values = torch.sigmoid(x) if logits else x
+        z = (values - prior.loc.unsqueeze(-1)) / prior.scale.unsqueeze(-1)
         n = x.shape[-1] if count is None else count
         total = torch.zeros_like(z[..., 0])
         for t, target, weight in zip(
@@ -410,14 +451,6 @@ class EppsPulley(ClosedFormStatistic):
             )
             total = total + weight * ((cosine - target).square() + sine.square())
         return total
-
-    @staticmethod
-    def _poison(x: Tensor, count: Tensor | None) -> Tensor:
-        """NaN for an array with an infinite sample, which has no characteristic function, and 0 otherwise."""
-        if count is None:
-            return x.new_zeros(())
-        is_infinite = (x == torch.inf).sum(dim=-1) > x.shape[-1] - count
-        return torch.where(is_infinite, torch.nan, 0.0).to(x.dtype).unsqueeze(-1)
 
     def loss_and_gradients(
         self,
@@ -433,15 +466,15 @@ class EppsPulley(ClosedFormStatistic):
     ) -> list[Tensor]:
         if not issubclass(prior, Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior.__name__}")
-        x = x.contiguous() + self._poison(x, count)
+        x = x.contiguous()
         loc, scale = (p.unsqueeze(-1).to(x.dtype) if p.ndim else p.to(x.dtype) for p in parameters)
         values = torch.sigmoid(x) if logits else x
         z = (values - loc) / scale
         n: Tensor | int = x.shape[-1]
         left_out: Tensor | None = None
         if count is not None:
-            # What is masked is infinite; at 0 each adds 1 to every sum.
-            n, left_out = count.unsqueeze(-1), x == torch.inf
+            # At 0 each of those that are left out adds 1 to every sum.
+            n, left_out = count.unsqueeze(-1), _left_out(x, count)
             z.masked_fill_(left_out, 0.0)
         # Powers of one rotation: a sine and a cosine of each value, whatever the number of points.
         rotation = torch.polar(torch.ones_like(z), z * float(self.t[1]))
@@ -463,7 +496,7 @@ class EppsPulley(ClosedFormStatistic):
         if left_out is not None:
             by_z.masked_fill_(left_out, 0.0)
         by_parameter = [-by_z.sum(dim=-1), -(by_z * z).sum(dim=-1)]
-        by_x = by_z.mul_(values * (1 - values)) if logits else by_z
+        by_x = by_z.mul_(torch.sigmoid(-x)).mul_(values) if logits else by_z
         factor = (
             2 / torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1).expand(loss.shape).contiguous()
         )
@@ -473,6 +506,14 @@ class EppsPulley(ClosedFormStatistic):
             factor,
             *(by if needs_parameters else x.new_empty(0) for by in by_parameter),
         ]
+
+
+def _left_out(x: Tensor, count: Tensor) -> Tensor:
+    """Where x is no sample but infinite in place of one; of the infinite values, the last ones."""
+    is_infinite = x == torch.inf
+    seen = is_infinite.cumsum(dim=-1)
+    samples = seen[..., -1:] - (x.shape[-1] - count.unsqueeze(-1))
+    return is_infinite & (seen > samples)
 
 
 class _OnTheLine(Distribution):
@@ -485,13 +526,8 @@ class _OnTheLine(Distribution):
         self.upper = getattr(prior.support, "upper_bound", torch.inf)
 
     def cdf(self, value: Tensor) -> Tensor:
-        lower, upper = (
-            torch.as_tensor(v, dtype=value.dtype, device=value.device) for v in (self.lower, self.upper)
-        )
-        inside = (value > lower) & (value < upper) | value.isnan()
-        middle = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1).nan_to_num(0.0, 0.0, 0.0)
-        cdf = self.prior.cdf(torch.where(inside, value, middle))
-        return torch.where(inside, cdf, (value >= upper).to(value.dtype))
+        inside, above, x = self._within(value)
+        return torch.where(inside, self.prior.cdf(x), above.to(value.dtype))
 
     def icdf(self, value: Tensor) -> Tensor:
         try:
@@ -501,14 +537,27 @@ class _OnTheLine(Distribution):
             raise ValueError(f"this statistic needs a prior with an icdf, received {name}") from None
 
     def log_cdf(self, value: Tensor) -> Tensor:
-        """The logarithm of the CDF, bounded below by that of the smallest number."""
-        cdf = self.cdf(value)
-        return cdf.clamp_min(torch.finfo(cdf.dtype).smallest_normal).log()
+        """The logarithm of the CDF; outside of the support 0, or that of the smallest normal number."""
+        inside, above, x = self._within(value)
+        return torch.where(inside, log_tails(self.prior, x)[0], self._log_smallest(~above, value.dtype))
 
     def log_sf(self, value: Tensor) -> Tensor:
         """The logarithm of 1 less the CDF, likewise."""
-        cdf = self.cdf(value)
-        return (1 - cdf).clamp_min(torch.finfo(cdf.dtype).smallest_normal).log()
+        inside, above, x = self._within(value)
+        return torch.where(inside, log_tails(self.prior, x)[1], self._log_smallest(above, value.dtype))
+
+    def _within(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which values are inside of the support, which are above, and values that are all inside."""
+        lower, upper = (
+            torch.as_tensor(v, dtype=value.dtype, device=value.device) for v in (self.lower, self.upper)
+        )
+        middle = torch.where(upper.isfinite(), (lower + upper) / 2, lower + 1).nan_to_num(0.0, 0.0, 0.0)
+        inside = (value > lower) & (value < upper) | value.isnan()
+        return inside, value >= upper, torch.where(inside, value, middle)
+
+    @staticmethod
+    def _log_smallest(is_empty: Tensor, dtype: torch.dtype) -> Tensor:
+        return is_empty * math.log(torch.finfo(dtype).smallest_normal)
 
 
 def _unvalidated(prior: Distribution) -> Distribution:
@@ -523,7 +572,7 @@ def _unvalidated(prior: Distribution) -> Distribution:
 
 def on_the_line(prior: Distribution) -> Distribution:
     """The prior with everything that a statistic asks of one."""
-    return prior if isinstance(prior, ClosedFormPrior) else _OnTheLine(prior)
+    return prior if isinstance(prior, ClosedFormPrior) and prior.in_closed_form else _OnTheLine(prior)
 
 
 STATISTICS: dict[str, Statistic] = {

@@ -25,14 +25,17 @@ from batchshaping.utils import to_numpy
 
 try:
     import matplotlib as mpl
-    from cycler import cycler
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PathCollection
     from matplotlib.colors import to_rgba_array
     from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
+    from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
     from matplotlib.patches import StepPatch
+    from matplotlib.rcsetup import cycler
     from matplotlib.text import Text
     from matplotlib.ticker import MaxNLocator, NullFormatter
     from PIL import Image
@@ -62,7 +65,10 @@ COLORS = {"values": "#56B4E9", "empirical": "#0072B2", "target": "#000000", "los
 """What a color stands for: values, their distribution, their prior, the loss (Okabe and Ito, 2008)."""
 
 _GRID_COLOR = "#E5E5E5"
+_DRAWN = ("axes", "figure", "font", "grid", "legend", "lines", "patch", "scatter", "text", "xtick", "ytick")
 _STYLE: dict[Any, Any] = {
+    # All that is not set below is as in matplotlib, whatever style is active.
+    **{name: value for name, value in mpl.rcParamsDefault.items() if name.partition(".")[0] in _DRAWN},
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 9,
@@ -83,6 +89,18 @@ _STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
+# Callers of the published interface write labels of 14 to 16 points into its figures.
+_LARGE_STYLE: dict[Any, Any] = {
+    **_STYLE,
+    "axes.labelsize": 14,
+    "font.size": 12,
+    "legend.edgecolor": "none",
+    "legend.fontsize": 12,
+    "legend.frameon": True,  # they are put over bars and points
+    "lines.linewidth": 2.2,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+}
 _DASHES = (0, (3, 1.5))
 _BINS = 20
 _GRID = np.linspace(0.0, 1.0, 401)
@@ -92,6 +110,8 @@ _POINTS_OF_AN_ARRAY = 150
 
 def house_style() -> AbstractContextManager[None]:
     """The style of this project's figures, for a ``with`` block; outside of it nothing changes.
+
+    It replaces any other style, such as that of ``matplotlib.style.use`` or ``seaborn.set_style``.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -211,17 +231,13 @@ def _cdf_axes(ax: Axes) -> None:
     ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
-def _loss_axes(ax: Axes, steps: int) -> None:
-    """From the least of the published losses to the largest there can be."""
-    ax.set(xlabel="step", xlim=(0, steps), yscale="log", ylim=(1e-9, 1.0))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _whole_decades(ax: Axes, losses: Array) -> None:
+def _loss_axes(ax: Axes, name: str, losses: Array) -> None:
+    """A logarithmic axis of the whole decades in which the losses lie."""
     positive = losses[losses > 0]
-    if len(positive):
-        low, high = math.floor(math.log10(positive.min())), math.floor(math.log10(positive.max())) + 1
-        ax.set_ylim(10.0**low, 10.0**high)
+    low, high = (positive.min(), positive.max()) if len(positive) else (1e-9, 0.1)
+    decades = (10.0 ** math.floor(math.log10(low)), 10.0 ** (math.floor(math.log10(high)) + 1))
+    ax.set(xlabel="step", xlim=(0, len(losses)), yscale="log", ylim=decades, ylabel=name)
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _density_limit(ax: Axes, prior: Distribution, values: Array, low: float = 0.0, high: float = 1.0) -> None:
@@ -243,52 +259,6 @@ def _key(figure: Figure, target: str) -> None:
     figure.legend(handles, labels, loc="upper center", ncols=3, borderaxespad=0.2)
 
 
-class _FitAxes:
-    """The three axes of a fit and what moves in them, still without data."""
-
-    size = (8.0, 2.9)
-
-    def __init__(self, figure: Figure, steps: int, target: str = "target") -> None:
-        self.figure = figure
-        self.data, self.loss, self.density = figure.subplots(1, 3)
-        figure.subplots_adjust(left=0.065, right=0.985, bottom=0.165, top=0.82, wspace=0.34)
-        _cdf_axes(self.data)
-        self.data.set(xlabel="value x", ylabel="CDF")
-        _loss_axes(self.loss, steps)
-        self.loss.set(ylabel="loss")
-        _unit_axis(self.density)
-        self.density.set(xlabel="value x", ylabel="density")
-        self.points = _points(self.data, size=4)
-        self.empirical = _empirical_line(self.data)
-        self.losses = _loss_line(self.loss)
-        _key(figure, target)
-
-
-class _GeneralizedFitAxes:
-    """The nine axes of a generalized fit, six arrays, two losses and the means, still without data."""
-
-    size = (8.0, 6.0)
-
-    def __init__(self, figure: Figure, steps: int) -> None:
-        self.figure = figure
-        margins = {"left": 0.075, "right": 0.985, "wspace": 0.34}
-        above = figure.add_gridspec(2, 3, bottom=0.42, top=0.9, hspace=0.45, **margins)
-        below = figure.add_gridspec(1, 3, bottom=0.085, top=0.285, **margins)
-        self.arrays: list[Axes] = [figure.add_subplot(above[i, j]) for i in range(2) for j in range(3)]
-        self.prior_loss, self.hyperprior_loss, self.density = (figure.add_subplot(below[j]) for j in range(3))
-        for k, ax in enumerate(self.arrays):
-            _cdf_axes(ax)
-            ax.set(xlabel="value x" if k >= 3 else "", ylabel="CDF" if k % 3 == 0 else "")
-        for ax, name in ((self.prior_loss, "prior loss"), (self.hyperprior_loss, "hyperprior loss")):
-            _loss_axes(ax, steps)
-            ax.set(ylabel=name)
-        _unit_axis(self.density)
-        self.density.set(xlabel="mean μ", ylabel="density")
-        self.prior_losses = _loss_line(self.prior_loss)
-        self.hyperprior_losses = _loss_line(self.hyperprior_loss)
-        _key(figure, "target")
-
-
 # Animations
 
 
@@ -304,12 +274,26 @@ class _Animation(Protocol):
         """Bring what moves to a step, from 0 to ``steps``."""
 
 
-class _FitAnimation(_FitAxes):
+class _FitAnimation:
+    """The three axes of a fit: values and CDFs, loss, density."""
+
     def __init__(self, fit: Fit) -> None:
-        super().__init__(Figure(figsize=self.size), fit.steps, f"target {fit.prior}")
         _check_finite(fit.values)
         self.steps = fit.steps
         self.values, self.step_losses = to_numpy(fit.values.float()), to_numpy(fit.losses.float())
+        self.figure = Figure(figsize=(8.0, 2.9))
+        self.data, self.loss, self.density = self.figure.subplots(1, 3)
+        self.figure.subplots_adjust(left=0.065, right=0.985, bottom=0.165, top=0.82, wspace=0.34)
+        _key(self.figure, f"target {fit.prior}")
+        _cdf_axes(self.data)
+        self.data.set(xlabel="value x", ylabel="CDF")
+        _loss_axes(self.loss, "loss", self.step_losses)
+        _unit_axis(self.density)
+        self.density.set(xlabel="value x", ylabel="density")
+        _density_limit(self.density, fit.prior, self.values[-1])
+        self.points = _points(self.data, size=4)
+        self.empirical = _empirical_line(self.data)
+        self.losses = _loss_line(self.loss)
         self.captions = [_caption(self.loss)]
         self.bars = _bars(self.density, _density(self.values[-1]), _edges())
         self.moving: list[Artist] = [
@@ -320,8 +304,6 @@ class _FitAnimation(_FitAxes):
             self.bars,
             _target_line(self.density, _GRID, _target_density(fit.prior, _GRID)),
         ]
-        _whole_decades(self.loss, self.step_losses)
-        _density_limit(self.density, fit.prior, self.values[-1])
         self.show(self.steps)
 
     def show(self, step: int) -> None:
@@ -333,12 +315,34 @@ class _FitAnimation(_FitAxes):
         self.bars.set_data(_density(values))
 
 
-class _GeneralizedFitAnimation(_GeneralizedFitAxes):
+class _GeneralizedFitAnimation:
+    """The nine axes of a generalized fit: six arrays, two losses, the means."""
+
     def __init__(self, fit: GeneralizedFit) -> None:
-        super().__init__(Figure(figsize=self.size), fit.steps)
         _check_finite(fit.values)
         self.steps = fit.steps
         self.means = fit.means.detach().cpu().float()
+        self.totals = to_numpy(fit.losses.float())
+        self.step_losses = (to_numpy(fit.prior_losses.float()), to_numpy(fit.hyperprior_losses.float()))
+        self.figure = Figure(figsize=(8.0, 6.0))
+        margins = {"left": 0.075, "right": 0.985, "wspace": 0.34}
+        above = self.figure.add_gridspec(2, 3, bottom=0.42, top=0.9, hspace=0.45, **margins)
+        below = self.figure.add_gridspec(1, 3, bottom=0.085, top=0.285, **margins)
+        self.arrays: list[Axes] = [self.figure.add_subplot(above[i, j]) for i in range(2) for j in range(3)]
+        loss_axes = [self.figure.add_subplot(below[j]) for j in range(2)]
+        self.density = self.figure.add_subplot(below[2])
+        _key(self.figure, "target")
+        for k, ax in enumerate(self.arrays):
+            _cdf_axes(ax)
+            ax.set(xlabel="value x" if k >= 3 else "", ylabel="CDF" if k % 3 == 0 else "")
+        for ax, name, losses in zip(
+            loss_axes, ("prior loss", "hyperprior loss"), self.step_losses, strict=True
+        ):
+            _loss_axes(ax, name, losses)
+        _unit_axis(self.density)
+        self.density.set(xlabel="mean μ", ylabel="density")
+        _density_limit(self.density, fit.hyperprior, to_numpy(self.means[-1]))
+
         # From the lowest mean at the end to the highest.
         order = self.means[-1].argsort()
         self.shown = order[torch.linspace(0, len(order) - 1, len(self.arrays)).round().long()]
@@ -346,25 +350,21 @@ class _GeneralizedFitAnimation(_GeneralizedFitAxes):
         self.parameters = (self.means[:, self.shown], fit.temperatures.detach().cpu().float()[:, self.shown])
         priors = RelaxedBernoulli(self.parameters[0].unsqueeze(-1), self.parameters[1].unsqueeze(-1))
         self.target_cdfs = to_numpy(priors.cdf(torch.from_numpy(_GRID)))
-        self.step_losses = (to_numpy(fit.prior_losses.float()), to_numpy(fit.hyperprior_losses.float()))
+
         self.points = [_points(ax, size=3) for ax in self.arrays]
         self.empirical = [_empirical_line(ax) for ax in self.arrays]
         self.targets = [_target_line(ax) for ax in self.arrays]
-        self.captions = [_caption(ax) for ax in (*self.arrays, self.prior_loss)]
-        self.totals = to_numpy(fit.losses.float())
+        self.losses = [_loss_line(ax) for ax in loss_axes]
+        self.captions = [_caption(ax) for ax in (*self.arrays, loss_axes[0])]
         self.bars = _bars(self.density, _density(to_numpy(self.means[-1])), _edges())
         self.moving: list[Artist] = [
             *self.points,
             *self.empirical,
             *self.targets,
-            self.prior_losses,
-            self.hyperprior_losses,
+            *self.losses,
             self.bars,
             _target_line(self.density, _GRID, _target_density(fit.hyperprior, _GRID)),
         ]
-        for ax, losses in zip((self.prior_loss, self.hyperprior_loss), self.step_losses, strict=True):
-            _whole_decades(ax, losses)
-        _density_limit(self.density, fit.hyperprior, to_numpy(self.means[-1]))
         self.show(self.steps)
 
     def show(self, step: int) -> None:
@@ -374,7 +374,7 @@ class _GeneralizedFitAnimation(_GeneralizedFitAxes):
             self.empirical[k].set_data(*_empirical_cdf(values, 0.0, 1.0))
             self.targets[k].set_data(_GRID, self.target_cdfs[step, k])
             self.captions[k].set_text(f"μ = {means[k]:.2f}, τ = {temperatures[k]:.2f}")
-        for line, losses in zip((self.prior_losses, self.hyperprior_losses), self.step_losses, strict=True):
+        for line, losses in zip(self.losses, self.step_losses, strict=True):
             line.set_data(range(len(losses[: step + 1])), losses[: step + 1])
         self.captions[-1].set_text(f"step {step}, total loss {self.totals[: step + 1][-1]:.2e}")
         self.bars.set_data(_density(to_numpy(self.means[step])))
@@ -629,7 +629,7 @@ def _named(prior: Prior, p1: float, p2: float | None) -> ClosedFormPrior:
 
 
 def plot_gt_cdf(ax: Axes, prior: Prior, p1: float, p2: float | None, num_pts: int = 100) -> Line2D:
-    """Draw the CDF of a prior over [0, 1] into axes, and return the line.
+    """Draw the CDF of a prior over [0, 1] into axes as "CDF (target)", and return the line.
 
     Args:
         ax: the axes.
@@ -647,7 +647,9 @@ def plot_gt_cdf(ax: Axes, prior: Prior, p1: float, p2: float | None, num_pts: in
         [0.0, 0.9375, 1.0]
     """
     x = np.linspace(0.0, 1.0, num_pts)
-    return _target_line(ax, x, _target_cdf(_named(prior, p1, p2), x))
+    line = _target_line(ax, x, _target_cdf(_named(prior, p1, p2), x))
+    line.set_label("CDF (target)")
+    return line
 
 
 def plot_gt_pdf(
@@ -659,85 +661,152 @@ def plot_gt_pdf(
     eps_clip_x: float = 0.005,
     eps_ylim: float = 0.25,
 ) -> Line2D:
-    """Draw the density of a prior over (0, 1) into axes, and return the line.
+    """Draw the density of a prior over (0, 1) into axes as "PDF (target)", and return the line.
 
     Args:
-        ax: the axes; the vertical one is set to start from 0.
+        ax: the axes; the vertical one is set to all of the line and a margin.
         prior: family of the prior.
         p1: its first parameter.
         p2: its second parameter; not read for SYMBETA.
         num_pts: at how many points the line is evaluated.
         eps_clip_x: how far the line stays from 0 and 1, where a density may be infinite.
-        eps_ylim: how far the vertical axis goes on above the line.
+        eps_ylim: how far the vertical axis goes below 0 and above the line.
 
     Raises:
         ValueError: if the prior is unknown, or a parameter is missing or out of range.
 
     Example:
-        >>> line = plot_gt_pdf(Figure().add_subplot(), Prior.BETA, 2, 6, num_pts=3)
-        >>> line.get_ydata().round(3).tolist()
+        >>> ax = Figure().add_subplot()
+        >>> plot_gt_pdf(ax, Prior.BETA, 2, 6, num_pts=3).get_ydata().round(3).tolist()
         [0.205, 0.656, 0.0]
+        >>> print("from {:.3f} to {:.3f}".format(*ax.get_ylim()))
+        from -0.250 to 0.906
     """
     x = np.linspace(eps_clip_x, 1.0 - eps_clip_x, num_pts)
     density = _target_density(_named(prior, p1, p2), x)
-    ax.set_ylim(0.0, density.max() + eps_ylim)
-    return _target_line(ax, x, density)
+    ax.set_ylim(-eps_ylim, np.nanmax(density) + eps_ylim)
+    line = _target_line(ax, x, density)
+    line.set_label("PDF (target)")
+    return line
 
 
-def init_anim_plot(num_epochs: int) -> tuple[Figure, Axes, Axes, Axes, Line2D, Line2D, Line2D]:
+class _LastingAxes(Axes):
+    """Axes whose style and labels outlast being cleared, which callers do at every step."""
+
+    def __init__(self, *args: Any, xlabel: str, ylabel: str, **kwargs: Any) -> None:
+        self._labels = {"xlabel": xlabel, "ylabel": ylabel}
+        super().__init__(*args, **kwargs)
+
+    def clear(self) -> None:
+        with mpl.rc_context(_LARGE_STYLE):
+            super().clear()
+            self.set(**self._labels)
+            # Ticks are made when they are first drawn, and would then have the style of that moment.
+            self.tick_params(
+                color="black",
+                labelcolor="black",
+                labelsize=_LARGE_STYLE["xtick.labelsize"],
+                length=3.5,
+                width=0.8,
+                grid_color=_GRID_COLOR,
+                grid_linestyle="-",
+                grid_linewidth=_LARGE_STYLE["grid.linewidth"],
+            )
+
+    def legend(self, *args: Any, **kwargs: Any) -> Legend:
+        with mpl.rc_context(_LARGE_STYLE):
+            return super().legend(*args, **kwargs)
+
+
+def _lasting_axes(figure: Figure, place: SubplotSpec, xlabel: str, ylabel: str) -> Axes:
+    return figure.add_subplot(place, axes_class=_LastingAxes, xlabel=xlabel, ylabel=ylabel)
+
+
+def _around_unit_square(ax: Axes, eps: float) -> None:
+    ax.set(xlim=(-eps, 1 + eps), ylim=(-eps, 1 + eps))
+
+
+def _linear_loss(ax: Axes, steps: int) -> Line2D:
+    # A Cramér-von Mises loss is less than a third.
+    ax.set(xlim=(0, steps), ylim=(-0.01, 0.34))
+    line = _loss_line(ax)
+    line.set_clip_on(True)
+    return line
+
+
+def init_anim_plot(
+    num_epochs: int, eps: float = 0.08
+) -> tuple[Figure, Axes, Axes, Axes, PathCollection, Line2D, Line2D]:
     """A pyplot figure for a run of the batch-shaping loss, to be given data step by step.
 
     Args:
         num_epochs: how many steps the axis of the loss has.
+        eps: how far the axes of the values go on around [0, 1].
 
     Returns:
-        The figure, its axes (values and CDFs, loss, density), and three lines without data: the values, their
-        empirical CDF, the loss.
+        The figure; its axes: values and CDFs, loss, density; and what is still without data: the values as
+        what ``scatter`` returns, labelled "data", the line of their empirical CDF, labelled "CDF (data)", and
+        the line of the loss.
 
     Example:
         >>> fig, data_ax, loss_ax, pdf_ax, data_plot, cdf_pred_plot, loss_plot = init_anim_plot(100)
+        >>> data_plot.set_offsets([[0.2, 0.1], [0.7, 0.9]])
         >>> loss_plot.set_data([0, 1], [0.1, 0.05])
+        >>> data_ax.get_legend_handles_labels()[1]
+        ['data', 'CDF (data)']
     """
     from matplotlib import pyplot
 
-    with house_style():
-        parts = _FitAxes(pyplot.figure(figsize=_FitAxes.size), num_epochs)
-    return (
-        parts.figure,
-        parts.data,
-        parts.loss,
-        parts.density,
-        parts.points,
-        parts.empirical,
-        parts.losses,
-    )
+    with mpl.rc_context(_LARGE_STYLE):
+        figure = pyplot.figure(figsize=(7.0, 7.8))
+        margins = {"left": 0.11, "right": 0.97}
+        above = figure.add_gridspec(1, 1, bottom=0.4, top=0.93, **margins)
+        below = figure.add_gridspec(1, 2, bottom=0.08, top=0.31, wspace=0.3, **margins)
+        data = _lasting_axes(figure, above[0], "value x", "CDF")
+        loss = _lasting_axes(figure, below[0], "step", "loss")
+        density = _lasting_axes(figure, below[1], "value x", "density")
+        _around_unit_square(data, eps)
+        density.set_xlim(0, 1)
+        points = data.scatter(
+            [], [], s=22, color=COLORS["values"], alpha=0.6, linewidths=0, label="data", zorder=2
+        )
+        empirical = _empirical_line(data)
+        empirical.set_label("CDF (data)")
+        return figure, data, loss, density, points, empirical, _linear_loss(loss, num_epochs)
 
 
-def init_gbas_anim_plot(num_epochs: int) -> tuple[Figure, list[Axes], Axes, Axes, Axes, Line2D, Line2D]:
+def init_gbas_anim_plot(
+    num_epochs: int, eps: float = 0.08
+) -> tuple[Figure, list[Axes], Axes, Axes, Axes, Line2D, Line2D]:
     """A pyplot figure for a run of the generalized loss, to be given data step by step.
 
     Args:
         num_epochs: how many steps the axes of the losses have.
+        eps: how far the axes of the arrays go on around [0, 1].
 
     Returns:
-        The figure, a list of six axes for arrays, the axes of both losses and of the means, and two lines
+        The figure; a list of six axes for arrays; the axes of both losses and of the means; and two lines
         without data: the prior loss and the hyperprior loss.
 
     Example:
-        >>> fig, data_axes, *_ = init_gbas_anim_plot(350)
+        >>> fig, data_axes, *_, priors_loss_plot, hyperprior_loss_plot = init_gbas_anim_plot(350)
         >>> len(data_axes)
         6
+        >>> priors_loss_plot.set_data([0, 1], [0.1, 0.05])
     """
     from matplotlib import pyplot
 
-    with house_style():
-        parts = _GeneralizedFitAxes(pyplot.figure(figsize=_GeneralizedFitAxes.size), num_epochs)
-    return (
-        parts.figure,
-        parts.arrays,
-        parts.prior_loss,
-        parts.hyperprior_loss,
-        parts.density,
-        parts.prior_losses,
-        parts.hyperprior_losses,
-    )
+    with mpl.rc_context(_LARGE_STYLE):
+        figure = pyplot.figure(figsize=(13.0, 8.0))
+        rows = {"bottom": 0.08, "top": 0.92, "hspace": 0.5}
+        left = figure.add_gridspec(3, 2, left=0.065, right=0.55, wspace=0.4, **rows)
+        right = figure.add_gridspec(3, 1, left=0.64, right=0.985, **rows)
+        arrays = [_lasting_axes(figure, left[k // 2, k % 2], "value x", "CDF") for k in range(6)]
+        for ax in arrays:
+            _around_unit_square(ax, eps)
+        prior_loss = _lasting_axes(figure, right[0], "step", "prior loss")
+        hyperprior_loss = _lasting_axes(figure, right[1], "step", "hyperprior loss")
+        density = _lasting_axes(figure, right[2], "mean μ", "density")
+        density.set_xlim(0, 1)
+        prior_line, hyperprior_line = (_linear_loss(ax, num_epochs) for ax in (prior_loss, hyperprior_loss))
+        return figure, arrays, prior_loss, hyperprior_loss, density, prior_line, hyperprior_line

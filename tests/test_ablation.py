@@ -50,6 +50,16 @@ def test_a_result_counts_for_its_own_configuration_only(ablation: ModuleType, tm
     assert not ablation.finished(path, other)
 
 
+def test_a_result_still_counts_when_there_is_a_new_setting(ablation: ModuleType, tmp_path: Path) -> None:
+    (_, config), *_ = ablation.runs(quick=True)
+    path = tmp_path / "result.json"
+    settings = config.model_dump(mode="json")
+    assert settings.pop("threads") is None
+    path.write_text(json.dumps({"config": settings}))
+    assert ablation.finished(path, config)
+    assert not ablation.finished(path, config.model_copy(update={"threads": 2}))
+
+
 def test_the_mean_and_the_deviation_of_a_point_are_those_over_the_seeds(ablation: ModuleType) -> None:
     results = [{"accuracy": a, "multiply_adds": m} for a, m in ((0.8, 1e6), (0.9, 3e6))]
     assert ablation.point(results) == pytest.approx((2.0, 85.0, 10 / math.sqrt(2)))

@@ -19,6 +19,7 @@ PACKAGE = Path(batchshaping.__file__).parent
 # From the ground up; a name stands for a module or for a package with all that is in it.
 FLOORS = {
     "numbers": {
+        "beta_density",
         "cdf_beta",
         "cdf_normal",
         "cdf_relaxedbernoulli",
@@ -28,7 +29,7 @@ FLOORS = {
         "memory",
         "ranking",
     },
-    "loss": {"priors", "statistics", "batch_shaping_loss", "sliced"},
+    "loss": {"priors", "prior_module", "tails", "statistics", "batch_shaping_loss", "sliced"},
     "networks": {"gates", "channel_gating", "mixed_scale"},
     "public names": {"batchshaping"},
     "what people run": {

@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import batchshaping as bs
+from batchshaping.statistics import STATISTICS, CramerVonMises, Statistic
 
 F64 = torch.float64
 BETA = FAMILIES["Beta"]
@@ -697,6 +699,51 @@ def test_a_cdf_written_by_hand_is_a_prior() -> None:
     torch.testing.assert_close(bs.batch_shaping(x, Triangle()), torch.as_tensor(expected))
 
 
+class LogDistance(Statistic):
+    """A statistic of one's own that asks more of a prior than its CDF."""
+
+    def terms(self, values: Tensor, positions: Tensor, prior: td.Distribution) -> Tensor:
+        return (prior.log_cdf(values) - positions.log()).square() + (prior.cdf(values) - positions).abs()
+
+
+# What torch.func sees: priors that are not ours, statistics that are the user's.
+MAPPED: dict[str, Callable[[Tensor], td.Distribution]] = {
+    "Beta": lambda a: bs.Beta(a, 0.7),
+    "RelaxedBernoulli": lambda a: bs.RelaxedBernoulli(a, 0.7),
+    "Normal": lambda a: bs.Normal(a, 0.7),
+    "Laplace": lambda a: td.Laplace(a, 0.7, validate_args=False),
+    "Kumaraswamy": lambda a: td.Kumaraswamy(a, 0.7 * torch.ones_like(a), validate_args=False),
+    "LogNormal": lambda a: td.LogNormal(a, 0.7 * torch.ones_like(a), validate_args=False),
+    "Uniform": lambda a: td.Uniform(a * 0.1, 1 + a, validate_args=False),
+}
+
+
+@pytest.mark.parametrize("statistic", [*(s for s in STATISTICS if s != "epps_pulley"), "one's own"])
+@pytest.mark.parametrize("name", MAPPED)
+@each_ties
+def test_vmap_grad_and_jacrev_equal_loops_for_every_prior_and_statistic(
+    name: str, statistic: str, ties: bool
+) -> None:
+    chosen = LogDistance() if statistic == "one's own" else statistic
+    x = torch.rand(4, 12, 3, dtype=F64) * 0.8 + 0.1
+    a = torch.rand(4, 3, dtype=F64) * 0.5 + 0.3
+    mask = torch.rand(4, 12, 3) > 0.3
+
+    def loss(x: Tensor, a: Tensor, mask: Tensor) -> Tensor:
+        return bs.batch_shaping(x, MAPPED[name](a), 0, statistic=chosen, ties=ties, mask=mask)
+
+    y, b = x.clone().requires_grad_(), a.clone().requires_grad_()
+    losses = torch.stack([loss(*operands) for operands in zip(y, b, mask, strict=True)])
+    expected = torch.autograd.grad(losses.sum(), (y, b))
+    torch.testing.assert_close(torch.func.vmap(loss)(x, a, mask), losses.detach())
+    gradients = torch.func.grad(loss, argnums=(0, 1))
+    torch.testing.assert_close(torch.func.vmap(gradients)(x, a, mask), expected)
+    torch.testing.assert_close(gradients(x[1], a[1], mask[1]), tuple(g[1] for g in expected))
+    torch.testing.assert_close(torch.func.jacrev(loss, argnums=1)(x[2], a[2], mask[2]), expected[1][2])
+    shared = torch.func.vmap(loss, in_dims=(None, 0, None))(x[0], a, mask[0])
+    torch.testing.assert_close(shared, torch.stack([loss(x[0], each, mask[0]) for each in a]))
+
+
 # What bad input gets
 
 PRIORS = [
@@ -881,9 +928,76 @@ def test_a_scalar_is_an_array_of_one_sample() -> None:
         assert torch.autograd.grad(loss, x)[0].shape == ()
 
 
-def test_no_arrays_have_no_losses() -> None:
-    loss = bs.batch_shaping(torch.empty(5, 0), bs.Beta(0.6, 0.4), 0, reduction="none")
-    assert loss.shape == (0,)
+@pytest.mark.parametrize("statistic", [*STATISTICS, "one's own"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@each_ties
+def test_no_arrays_have_what_torch_makes_of_nothing(statistic: str, masked: bool, ties: bool) -> None:
+    chosen = LogDistance() if statistic == "one's own" else statistic
+    priors = [bs.Normal(0.2, 0.7), bs.Normal(torch.zeros(0), 1.0), td.Normal(0.2, 0.7)]
+    if statistic != "epps_pulley":
+        priors += [bs.Beta(0.6, 0.4), bs.Beta(torch.ones(0), 1.0), td.Laplace(torch.zeros(0), 1.0)]
+    mask = torch.ones(5, 0, dtype=torch.bool) if masked else None
+    for prior, logits in itertools.product(priors, (False, True)):
+        x = torch.empty(5, 0, requires_grad=True)
+        settings = {"statistic": chosen, "mask": mask, "ties": ties, "logits": logits}
+        losses = bs.batch_shaping(x, prior, 0, reduction="none", **settings)
+        assert losses.shape == (0,)
+        losses.sum().backward()
+        assert x.grad is not None and x.grad.shape == (5, 0)
+        assert bool(bs.batch_shaping(x, prior, 0, **settings).isnan())
+        assert bs.batch_shaping(x, prior, 0, reduction="sum", **settings) == 0
+
+
+@pytest.mark.parametrize(
+    ("dim", "same"),
+    [
+        (np.int64(0), 0),
+        ((np.int64(0), 1), (0, 1)),
+        (torch.tensor(-1), -1),
+        (np.array([0, 1]), (0, 1)),
+        ([1], 1),
+        ((), None),
+    ],
+    ids=repr,
+)
+def test_whole_numbers_of_any_kind_are_dimensions(dim: Any, same: Any) -> None:
+    x = torch.rand(6, 4)
+    expected = bs.batch_shaping(x, bs.Beta(0.6, 0.4), same, reduction="none")
+    assert torch.equal(bs.batch_shaping(x, bs.Beta(0.6, 0.4), dim, reduction="none"), expected)
+    assert torch.equal(bs.BatchShapingLoss(bs.Beta(0.6, 0.4), dim, reduction="none")(x), expected)
+
+
+@pytest.mark.parametrize("dim", [True, 0.0, "0", (True,), (0, 1.0), [None]], ids=repr)
+def test_what_is_no_dimension_is_refused_as_by_torch(dim: Any) -> None:
+    with pytest.raises(TypeError):
+        torch.rand(6, 4).mean(dim=dim)
+    message = re.escape(f"dim must be an int, a sequence of ints or None, received {dim!r}")
+    with pytest.raises(TypeError, match=message):
+        bs.batch_shaping(torch.rand(6, 4), bs.Beta(0.6, 0.4), dim)
+
+
+@pytest.mark.parametrize("x", [[0.1, 0.2], np.ones(3), None, 0.5], ids=["list", "array", "None", "number"])
+def test_what_is_no_tensor_is_refused_by_its_type(x: Any) -> None:
+    message = f"x must be a tensor, received a {type(x).__name__}"
+    for loss in (
+        lambda x: bs.batch_shaping(x, bs.Beta(0.6, 0.4)),
+        bs.BatchShapingLoss(bs.Beta(0.6, 0.4)),
+        bs.GeneralizedBatchShapingLoss(3),
+        bs.SlicedBatchShapingLoss(3),
+    ):
+        with pytest.raises(TypeError, match=message):
+            loss(x)
+    with pytest.raises(TypeError, match="mask must be a tensor, received a list"):
+        bs.batch_shaping(torch.rand(3), bs.Beta(0.6, 0.4), mask=[True])
+
+
+@pytest.mark.parametrize("value", [None, [], 3, CramerVonMises], ids=repr)
+def test_what_is_no_statistic_and_no_reduction_is_refused_in_one_line(value: Any) -> None:
+    for make in (bs.batch_shaping, lambda _, prior, **settings: bs.BatchShapingLoss(prior, **settings)):
+        with pytest.raises(ValueError, match=re.escape(f"or a Statistic, received {value!r}")):
+            make(torch.rand(3), bs.Beta(0.6, 0.4), statistic=value)
+        with pytest.raises(ValueError, match=re.escape(f"'none', received {value!r}")):
+            make(torch.rand(3), bs.Beta(0.6, 0.4), reduction=value)
 
 
 # The module

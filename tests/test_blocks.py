@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import batchshaping as bs
@@ -118,6 +122,78 @@ def test_no_block_of_torchvision_is_left_and_the_order_of_layers_stays() -> None
     assert [name for name, _ in gated.named_modules() if "gate" not in name] == names
 
 
+def test_a_block_stays_the_object_it_is_with_all_that_it_has() -> None:
+    resnet = torchvision.models.resnet18(num_classes=5).eval()
+    block, x = resnet.layer2[0], torch.randn(2, 3, 64, 64)
+    seen: list[str] = []
+    block.register_forward_pre_hook(lambda *_: seen.append("forward pre"))
+    block.register_forward_hook(lambda module, inputs, output: (seen.append("forward"), output + 1)[1])
+    block.register_full_backward_hook(lambda *_: seen.append("backward"))
+    block.register_full_backward_pre_hook(lambda *_: seen.append("backward pre"))
+    block.register_state_dict_pre_hook(lambda *_: seen.append("state_dict pre"))
+    block.register_state_dict_post_hook(lambda *_: seen.append("state_dict"))
+    block.register_load_state_dict_pre_hook(lambda *_: seen.append("load pre"))
+    block.register_load_state_dict_post_hook(lambda *_: seen.append("load"))
+    removed = block.register_forward_hook(lambda *_: seen.append("removed"))
+    block.note = {"drop": 0.25}
+    block.extra = nn.Linear(2, 2)
+    block.scale = nn.Parameter(torch.tensor(2.0))
+    block.register_buffer("steps", torch.tensor(7), persistent=False)
+    expected = resnet(x)
+    gated = gate_resnet(resnet)
+    removed.remove()
+    assert gated.layer2[0] is block and type(block) is GatedBasicBlock
+    assert block.note == {"drop": 0.25} and block.scale.item() == 2 and block.steps.item() == 7
+    assert block.extra.in_features == 2 and "layer2.0.scale" in gated.state_dict()
+    assert "layer2.0.steps" not in gated.state_dict()
+    seen.clear()
+    with gates_forced(gated, 1.0):
+        y = gated(x)
+    assert torch.equal(y, expected), "the hook's 1 is still added"
+    y.sum().backward()
+    gated.load_state_dict(gated.state_dict())
+    steps = ["forward pre", "forward", "backward pre", "backward"]
+    assert seen == [*steps, "state_dict pre", "state_dict", "load pre", "load"]
+    plain = gate_resnet(SmallImageResNet(8, width=4))
+    for other in (copy.deepcopy(gated), pickle.loads(pickle.dumps(plain))):
+        assert all(type(module) is GatedBasicBlock for module in gated_blocks(other))
+
+
+def test_a_compiled_network_that_is_gated_runs_its_gates() -> None:
+    torch.compiler.reset()
+    network, (x, _) = SmallImageResNet(8, 4, width=4).eval(), batch()
+    run = torch.compile(network, backend="eager")
+    with torch.no_grad():
+        run(x)
+        gate_resnet(network, hidden=4).eval()
+        torch.testing.assert_close(run(x), network(x))
+        with gates_forced(run, 0.0):
+            closed = run(x)
+            assert all(bool((d == 0).all()) for d in gate_decisions(run))
+        assert not torch.equal(closed, run(x))
+
+
+@pytest.mark.parametrize("ambient", ["meta", "float64", "bfloat16"])
+def test_gates_start_alike_whatever_the_default_device_or_type_is(ambient: str) -> None:
+    networks = [SmallImageResNet(8, width=4) for _ in range(2)]
+    torch.manual_seed(3)
+    expected = gate_resnet(networks[0]).state_dict()
+    torch.manual_seed(3)
+    if ambient == "meta":
+        with torch.device("meta"):
+            gate_resnet(networks[1])
+    else:
+        torch.set_default_dtype(getattr(torch, ambient))
+        try:
+            gate_resnet(networks[1])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    gates = {key: value for key, value in networks[1].state_dict().items() if ".gate1." in key}
+    assert gates
+    for key, value in gates.items():
+        assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gates_take_mode_type_and_device_of_their_block(dtype: torch.dtype, training: bool) -> None:
@@ -192,6 +268,95 @@ def test_a_model_without_residual_blocks_is_refused_in_one_line(model: nn.Module
     with pytest.raises(ValueError, match=f"received a {type(model).__name__} without any$") as error:
         gate_resnet(model)
     assert "\n" not in str(error.value)
+
+
+class Subclass(BasicBlock):
+    """Which has torchvision's forward pass, as far as one can see."""
+
+
+def changed(block: nn.Module, **attributes: Any) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(block, name, value)
+    return block
+
+
+def parametrized(block: nn.Module) -> nn.Module:
+    block.scale = nn.Parameter(torch.ones(2))
+    nn.utils.parametrize.register_parametrization(block, "scale", nn.Identity())
+    return block
+
+
+TORCHVISION = r"torchvision\.models\.resnet"
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "subclass": (lambda: nn.Sequential(Subclass(4, 4)), r"received '0', a test_blocks\.Subclass"),
+    "subclass alone": (lambda: Subclass(4, 4), r"received a test_blocks\.Subclass"),
+    "forward pass of the object": (
+        lambda: nn.Sequential(changed(Bottleneck(4, 1), forward=lambda x: x)),
+        rf"received '0', a {TORCHVISION}\.Bottleneck",
+    ),
+    "quantizable": (
+        lambda: torchvision.models.quantization.resnet18(),
+        r"received 'layer1\.0', a torchvision\.models\.quantization\.resnet\.QuantizableBasicBlock",
+    ),
+    "parametrized": (
+        lambda: parametrized(BasicBlock(4, 4)),
+        r"received a torch\.nn\.utils\.parametrize\.ParametrizedBasicBlock",
+    ),
+    "another layer": (
+        lambda: nn.Sequential(changed(BasicBlock(4, 4), conv2=nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)))),
+        r"the block's conv2 must be a Conv2d, received a torch\.nn\.modules\.container\.Sequential",
+    ),
+    "the name of a gate": (
+        lambda: nn.Sequential(changed(Bottleneck(4, 1), gate2=nn.Identity())),
+        rf"must not have a gate2 yet, received a {TORCHVISION}\.Bottleneck",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_block_that_cannot_be_gated_is_refused_by_name_and_nothing_is_gated(name: str) -> None:
+    make, message = REFUSED[name]
+    refused = make()
+    with pytest.raises(ValueError, match=message) as error:
+        gate_resnet(refused)
+    assert "\n" not in str(error.value)
+    mixed = nn.Sequential(BasicBlock(4, 4), refused, BasicBlock(4, 4))
+    classes, keys = [type(module) for module in mixed.modules()], list(mixed.state_dict())
+    with pytest.raises(ValueError, match="block"):
+        gate_resnet(mixed)
+    assert [type(module) for module in mixed.modules()] == classes and list(mixed.state_dict()) == keys
+
+
+def test_a_gated_block_of_the_layers_of_a_subclass_can_be_made_by_hand() -> None:
+    block, x = Subclass(4, 4).eval(), torch.randn(3, 4, 5, 5)
+    expected = block(x)
+    gated = GatedBasicBlock(block)
+    with gates_forced(gated, 1.0):
+        assert torch.equal(gated(x), expected)
+    assert type(block) is Subclass and not hasattr(block, "gate1")
+    with pytest.raises(ValueError, match=r"must be a BasicBlock of torchvision, received a .*Bottleneck"):
+        GatedBasicBlock(Bottleneck(4, 1))
+
+
+@pytest.mark.parametrize("settings", [{"hidden": 0}, {"hidden": 1.5}, {"bias": float("nan")}])
+def test_settings_of_no_gate_are_refused_and_nothing_is_gated(settings: dict[str, Any]) -> None:
+    network = SmallImageResNet(8, width=4)
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"^{name} must be [^\n]*$"):
+        gate_resnet(network, **settings)
+    assert not any(gated_blocks(network))
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+def test_a_network_that_is_wrapped_for_many_processes_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(SmallImageResNet(8, width=4))
+        with pytest.raises(ValueError, match="before it is wrapped, received a DistributedDataParallel"):
+            gate_resnet(parallel)
+    finally:
+        dist.destroy_process_group()
+    assert not any(gated_blocks(parallel))
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -354,6 +519,50 @@ def test_two_ranks_get_the_gradients_of_one_process() -> None:
         processes.run(two_ranks_get_the_gradients_of_one_process)
 
 
-def test_a_block_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match="received a block; GatedBasicBlock"):
-        gate_resnet(BasicBlock(4, 4))
+def test_a_block_alone_is_gated() -> None:
+    block = BasicBlock(4, 4)
+    assert gate_resnet(block) is block and type(block) is GatedBasicBlock
+    assert block(torch.randn(3, 4, 5, 5)).shape == (3, 4, 5, 5)
+    assert block.gate1.decisions.shape == (3, 4)
+
+
+# Under torch's tracers
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("network", [tiny, bottlenecks, lambda: gate_resnet(make("resnet18"))])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ran", [True, False])
+def test_tracers_follow_a_gated_network(network: Callable[[], nn.Module], training: bool, ran: bool) -> None:
+    model, x = network().train(training), torch.randn(4, 3, 32, 32)
+    if ran:
+        model(x)
+    last = [name for name, _ in model.named_children()][-1]
+    features = create_feature_extractor(model, [last])
+    made = {
+        "fx": torch.fx.symbolic_trace(model),
+        "torchvision": lambda x: features.train(training)(x)[last],
+        "jit": torch.jit.trace(model, x, check_trace=False),
+        "export": torch.export.export(model, (x,), strict=False).module(),
+    }
+    outputs = {}
+    for name, forward in {**made, "itself": model.train(training)}.items():
+        torch.manual_seed(1)
+        outputs[name] = forward(x)
+    for name, y in outputs.items():
+        torch.testing.assert_close(y, outputs["itself"], msg=f"{name}: {{}}".format)
+    for traced in (made["fx"], features):
+        assert [*named_gates(traced).values()] == [*named_gates(model).values()]
+
+
+def test_features_within_a_gated_block_can_be_extracted() -> None:
+    model, (x, _) = tiny(training=False), batch()
+    extract = create_feature_extractor(model, ["layer1.0.gate1", "layer1.0.conv2", "layer3.0.relu_1"])
+    found = extract.eval()(x)
+    block = model.layer1[0]
+    stem = model.relu(model.bn1(model.conv1(x)))
+    gates = block.gate1(stem)
+    assert torch.equal(found["layer1.0.gate1"], gates)
+    inner = gates * block.bn1(block.conv1(stem)).relu()
+    torch.testing.assert_close(found["layer1.0.conv2"], block.conv2(inner))
+    assert found["layer3.0.relu_1"].shape == (24, 16, 2, 2)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import batchshaping as bs
+from batchshaping.cdf_beta import fixed_beta_cdf
 
 concentrations = st.floats(-2, 3).map(lambda exponent: 10.0**exponent)
 probabilities = st.floats(0, 1)
@@ -544,3 +545,29 @@ def test_func_grad_and_vmap_of_the_inverse_equal_autograd() -> None:
     expected = torch.autograd.grad(bs.betaincinv(*operands).sum(), operands)
     for one, other in zip(mapped, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+# What is made once for two numbers
+
+
+@pytest.mark.parametrize(
+    "first", [lambda: torch.device("meta"), torch.inference_mode], ids=["meta", "inference"]
+)
+@pytest.mark.parametrize("single", [False, True], ids=["float64", "float32"])
+def test_no_mode_around_the_first_call_changes_the_later_ones(first, single: bool) -> None:
+    dtype = torch.float32 if single else F64
+    x = torch.linspace(0.01, 0.99, 20, dtype=dtype)
+    expected = scipy(special.betainc, 2.25, 6.75, x)
+    operands = [torch.tensor(v, dtype=F64) for v in (2.25, 6.75)]
+    prior = bs.Beta(2.25, 6.75)
+    fixed_beta_cdf.cache_clear()
+    with first():
+        inside = bs.betainc(2.25, 6.75, x), prior.cdf(x), prior.icdf(x), prior.log_cdf(x)
+    assert all(t.device.type == "cpu" for t in inside)
+    leaf = x.clone().requires_grad_()
+    for cdf in (inside[0], bs.betainc(*operands, leaf)):
+        torch.testing.assert_close(cdf.detach().double(), expected, rtol=0, atol=5e-7)
+    (slope,) = torch.autograd.grad(bs.betainc(*operands, leaf).sum(), leaf)
+    torch.testing.assert_close(slope.double(), scipy(stats.beta.pdf, x, 2.25, 6.75), rtol=1e-5, atol=1e-6)
+    bs.batch_shaping(leaf, prior, statistic="anderson_darling").backward()
+    assert bool(leaf.grad.isfinite().all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from scipy import special, stats
 from torch.autograd import gradcheck
 from torch.distributions import RelaxedBernoulli
 
+import batchshaping as bs
 from batchshaping.cdf_relaxedbernoulli import (
     RelaxedBernoulliCDF,
     get_relaxed_bernoulli_cdf,
@@ -111,6 +113,41 @@ def test_at_and_beyond_the_ends_the_closed_derivatives_are_finite(
     for derivative in (at.pdf, *at.parameters):
         assert bool(derivative.isfinite().all())
         assert derivative[[0, 1, 2, 5, 6, 7]].abs().tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("temperature", [0.25, 2.0, 8.0])
+def test_in_both_tails_single_precision_has_the_derivatives_of_double(temperature: float) -> None:
+    tail = [2.0**-149, 1e-40, 2.0**-126, 1e-30, 1e-20, 1e-7, 1e-4, 0.01]
+    x = torch.tensor([*tail, 0.5, 0.9, 0.99, 0.9999, 1 - 2.0**-23, 1 - 2.0**-24])
+    logits = torch.tensor([-80.0, -30.0, -8.0, 0.0, 8.0, 30.0, 80.0])
+    prepared = (
+        RelaxedBernoulliCDF(*(torch.tensor(p, dtype=dtype) for p in (0.2, temperature)), gradients=True)
+        for dtype in (torch.float32, F64)
+    )
+    largest = torch.finfo(torch.float32).max
+    single, double = prepared
+    for at, exact in (
+        (single(x), double(x.double())),
+        (single.at_logits(logits), double.at_logits(logits.double())),
+    ):
+        # Where the CDF itself is subnormal in single precision it has few digits, or none.
+        held = exact.cdf > torch.finfo(torch.float32).smallest_normal
+        for found, expected in zip((at.pdf, *at.parameters), (exact.pdf, *exact.parameters), strict=True):
+            expected = expected.clamp(-largest, largest).float()
+            torch.testing.assert_close(found[held], expected[held], rtol=2e-4, atol=1e-37)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_where_the_cdf_rounds_to_1_autograd_has_the_density_too(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.5, 0.99, 0.9999, 1 - 2.0**-20], dtype=dtype, requires_grad=True)
+    mean, temperature = 0.2, 2.0
+    cdf = bs.RelaxedBernoulli(mean, temperature).cdf(x)
+    (found,) = torch.autograd.grad(cdf.sum(), x)
+    with mpmath.workdps(50):
+        for value, slope in zip(x.tolist(), found.tolist(), strict=True):
+            odds = (mpmath.mpf(value) / (1 - mpmath.mpf(value))) ** 2 * 4
+            expected = temperature * odds / (1 + odds) ** 2 / (mpmath.mpf(value) * (1 - mpmath.mpf(value)))
+            assert slope == pytest.approx(float(expected), rel=1e-4 if dtype == torch.float32 else 1e-11)
 
 
 def test_nan_stays_nan() -> None:

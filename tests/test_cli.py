@@ -185,7 +185,7 @@ def test_an_earlier_fit_is_kept_unless_forced() -> None:
         ),
         (
             ["--prior", "beta", "--a", "-1", "--b", "6"],
-            "Beta: a must be positive and finite, received -1",
+            "Beta: a must be between 1e-300 and 1e300, received -1",
         ),
         (
             ["--prior", "relaxed-bernoulli", "--mean", "1.5", "--temperature", "1"],

@@ -69,6 +69,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "accelerator": st.sampled_from(["auto", "cpu", "gpu"]),
     "devices": st.integers(1, 8),
     "nodes": st.integers(1, 8),
+    "threads": st.none() | st.integers(1, 1024),
     "precision": st.sampled_from(["32", "16-mixed", "bf16-mixed", "64"]),
     "sync_batch_norm": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
@@ -143,6 +144,8 @@ def test_text_from_a_command_line_gives_the_same_configuration(settings: dict[st
         ({"budget": "0.3"}, 0.3),
         ({"train_images": "128"}, 128),
         ({"seed": "3"}, 3),
+        ({"threads": "2"}, 2),
+        ({"threads": "none"}, None),
     ],
 )
 def test_text_becomes_what_is_meant(settings: dict[str, str], expected: object) -> None:
@@ -191,6 +194,7 @@ def test_the_batch_is_shared_out_without_a_rest(settings: dict[str, Any]) -> Non
         *[("momentum", value) for value in (1, -0.1)],
         *[("precision", value) for value in ("16", "8", "double")],
         *[("devices", value) for value in (0, "two")],
+        *[("threads", value) for value in (0, 1025, "all")],
         *[("seed", value) for value in (-1, 2**32, 0.5)],
         *[("logger", value) for value in ("wandb", "")],
     ],

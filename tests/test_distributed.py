@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchshaping as bs
 from batchshaping import distributed
+from batchshaping.memory import Memory
 from batchshaping.sliced import SlicedBatchShapingLoss
 from batchshaping.statistics import STATISTICS, Statistic
 
@@ -367,6 +368,51 @@ def memories(rank: int, world: int) -> None:
             close(own.grad / world, whole.grad.split(sizes)[rank], whole.grad)
 
 
+def memories_of_equal_values(rank: int, world: int) -> None:
+    """Among equal values, current and remembered, each takes the rank that it has in one process."""
+    for ties in (False, True):
+        settings = {"history": 2, "reduction": "none", "ties": ties}
+        alone, together = (
+            bs.BatchShapingLoss(bs.Beta(2, 6), 0, group=group, **settings) for group in (None, "world")
+        )
+        for _ in range(4):
+            sizes = uneven(world)
+            x = values(sum(sizes), 5, dtype=F64).mul(4).round().div(4)
+            whole, own = x.clone().requires_grad_(), x.split(sizes)[rank].clone().requires_grad_()
+            expected, loss = alone(whole), together(own)
+            expected.sum().backward()
+            loss.sum().backward()
+            close(loss.detach(), expected.detach())
+            close(own.grad / world, whole.grad.split(sizes)[rank], whole.grad)
+
+
+def memories_are_for_the_current_batch(rank: int, world: int) -> None:
+    """What is remembered does not stand in for samples of the batch, of no rank at all."""
+    loss = bs.BatchShapingLoss(bs.Beta(2, 6), 0, history=2, group="world")
+    x = values(6, 5)
+    loss(x)
+    empty = torch.ones(6, 5, dtype=torch.bool)
+    empty[:, 2] = False
+    # On one rank an array may be empty.
+    assert bool(loss(x, empty if rank == 0 and world > 1 else None).isfinite())
+    assert loss.memory is not None
+    before = len(loss.memory.values)
+    with pytest.raises(ValueError, match="mask leaves an array without samples on all ranks"):
+        loss(x, empty)
+    with pytest.raises(ValueError, match=r"no samples along dim=0 of x with shape \(0, 5\)"):
+        loss(x[:0])
+    assert len(loss.memory.values) == before
+
+
+def no_arrays(rank: int, world: int) -> None:
+    for prior in (bs.Beta(0.6, 0.4), bs.Normal(torch.zeros(0), 1.0), td.Laplace(0.0, 1.0)):
+        x = torch.empty(4, 0, requires_grad=True)
+        losses = bs.batch_shaping(x, prior, 0, reduction="none", group="world")
+        losses.sum().backward()
+        assert losses.shape == (0,) and x.grad is not None and x.grad.shape == (4, 0)
+        assert bool(bs.batch_shaping(x, prior, 0, group="world").isnan())
+
+
 def slices(rank: int, world: int) -> None:
     sizes = uneven(world)
     x = torch.randn(sum(sizes), 6)
@@ -474,9 +520,27 @@ def fixed_beta(group: str | None) -> nn.Module:
     return bs.BatchShapingLoss(bs.Beta(0.6, 0.4), 0, group=group)
 
 
+def fixed_tensors(group: str | None) -> nn.Module:
+    return bs.BatchShapingLoss(bs.Beta(torch.linspace(0.5, 2, 5), 0.4), 0, group=group)
+
+
+def learned_log_normal(group: str | None) -> nn.Module:
+    loc, scale = (nn.Parameter(torch.tensor(value, dtype=F64)) for value in (-0.7, 0.5))
+    return bs.BatchShapingLoss(td.LogNormal(loc, scale), 0, group=group)
+
+
+def learned_hyperprior(group: str | None) -> nn.Module:
+    torch.manual_seed(1)
+    hyperprior = bs.Normal(torch.tensor(0.3), nn.Parameter(torch.tensor(0.1)))
+    return bs.GeneralizedBatchShapingLoss(5, hyperprior, group=group).double()
+
+
 def ddp_takes_the_steps_of_one_process(rank: int, world: int) -> None:
     for sizes in (even(world), uneven(world)):
-        for make in (fixed_beta, learned_beta, generalized):
+        for make in (
+            *(fixed_beta, fixed_tensors, learned_beta),
+            *(learned_log_normal, generalized, learned_hyperprior),
+        ):
             alone = Gated(make(None)).double()
             together = Gated(make("world")).double()
             together.load_state_dict(alone.state_dict())
@@ -495,7 +559,7 @@ def ddp_takes_the_steps_of_one_process(rank: int, world: int) -> None:
                     optimizer.step()
                 for mine, one_process in zip(together.parameters(), alone.parameters(), strict=True):
                     close(mine.detach(), one_process.detach())
-            assert all(not torch.equal(v, start[name]) for name, v in alone.state_dict().items())
+            assert all(not torch.equal(p, start[name]) for name, p in alone.named_parameters())
 
 
 def ddp_with_a_task_loss_takes_the_steps_of_one_process(rank: int, world: int) -> None:
@@ -533,6 +597,21 @@ def ddp_with_a_task_loss_takes_the_steps_of_one_process(rank: int, world: int) -
                 optimizer.step()
         for mine, one_process in zip(together.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(mine, one_process, rtol=0, atol=1e-6)
+
+
+def ddp_leaves_each_rank_its_memory(rank: int, world: int) -> None:
+    network = Gated(bs.BatchShapingLoss(bs.Beta(0.6, 0.4), 0, group="world", history=2))
+    parallel = DistributedDataParallel(network)
+    memory = network.loss.memory
+    assert isinstance(memory, Memory)
+    for _ in range(3):
+        x = torch.randn(6 * world, 6).split(6)[rank]
+        own = network.gate(torch.tanh(network.first(x))).sigmoid().detach()
+        parallel(x).backward()
+        torch.testing.assert_close(memory.values[0], own.T)
+    everyone = [torch.empty_like(memory.values[0]) for _ in range(world)]
+    dist.all_gather(everyone, memory.values[0].contiguous())
+    assert world == 1 or not torch.equal(everyone[0], everyone[1])
 
 
 class Traffic:
@@ -642,6 +721,9 @@ LAWS = [
     foreign_priors,
     every_statistic,
     memories,
+    memories_of_equal_values,
+    memories_are_for_the_current_batch,
+    no_arrays,
     slices,
     nan_stays_in_its_array,
     every_rank_gets_the_same_loss,
@@ -650,6 +732,7 @@ LAWS = [
     a_rank_whose_values_need_no_gradient,
     twice_differentiated_is_an_error,
     bad_input_is_refused_on_every_rank,
+    ddp_leaves_each_rank_its_memory,
     ddp_takes_the_steps_of_one_process,
     ddp_with_a_task_loss_takes_the_steps_of_one_process,
     traffic_is_at_most_twice_the_own_values,

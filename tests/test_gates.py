@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import batchshaping as bs
 from batchshaping.gates import (
@@ -28,6 +31,7 @@ from batchshaping.gates import (
     gates_forced,
     l0_penalty,
     named_gates,
+    straight_through_decisions,
 )
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -170,6 +174,107 @@ def test_a_schedule_can_take_the_noise_of_a_network_away() -> None:
         assert torch.equal(decisions.bool(), probabilities > 0.5)
 
 
+class Fixed(Gate):
+    """A gate whose logits are its parameter."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, examples: int) -> Tensor:
+        return self.decide(self.logits.expand(examples, *self.logits.shape))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.5, 1.0, 3.0])
+def test_open_probabilities_are_those_of_the_decisions_and_probabilities_those_of_the_full_noise(
+    noise: float,
+) -> None:
+    n, logits = 100_000, torch.tensor([-30.0, -4.0, -1.0, -0.1, 0.0, 1e-30, 0.5, 1.0, 30.0])
+    gate = Fixed(logits)
+    gate.noise.fill_(noise)
+    with torch.no_grad():
+        gate(n)
+        share = gate.decisions.double().mean(dim=0).numpy()
+        p = gate.open_probabilities[0].double().numpy()
+    assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / n) + 1e-9).all()
+    z = logits.double().numpy()
+    expected = stats.logistic(scale=noise).cdf(z) if noise else (z > 0).astype(float)
+    np.testing.assert_allclose(p, expected, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(gate.probabilities[0].detach().numpy(), stats.logistic.cdf(z), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_open_probabilities_in_any_precision_have_a_finite_gradient(dtype: torch.dtype) -> None:
+    gate = Fixed(torch.tensor([-2.0, 0.0, 1e-4, 2.0])).to(dtype)
+    for noise, expected in ((0.0, [0.0, 0.0, 1.0, 1.0]), (0.01, None)):
+        gate.noise.fill_(noise)
+        gate(1)
+        found = gate.open_probabilities
+        assert found.dtype == dtype and (expected is None or found[0].tolist() == expected)
+        assert bool(torch.autograd.grad(found.sum(), gate.logits)[0].isfinite().all())
+
+
+def test_a_gate_can_be_surer_than_its_probability() -> None:
+    gate = Fixed(torch.tensor([1.0]))
+    gate.noise.fill_(0.1)
+    gate(2)
+    assert gate.probabilities[0].item() == pytest.approx(0.731, abs=1e-3)
+    assert gate.open_probabilities[0].item() == pytest.approx(0.99995, abs=1e-5)
+    gate.eval()
+    assert gate.open_probabilities[0].item() == 1
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-30, 0.3, 1.0])
+def test_open_probabilities_have_their_derivative_and_it_is_finite(noise: float) -> None:
+    logits = torch.tensor([-torch.inf, -2.0, -1e-20, 0.0, 1e-20, 0.2, torch.inf], dtype=torch.float64)
+    gate = Fixed(logits).double()
+    gate.noise.fill_(noise)
+    gate(1)
+    (gradient,) = torch.autograd.grad(gate.open_probabilities.sum(), gate.logits)
+    expected = stats.logistic(scale=noise).pdf(logits.numpy()) if noise else np.zeros(7)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9, atol=0)
+    gate = Fixed(torch.tensor([torch.nan, 1.0]))
+    gate.noise.fill_(noise)
+    gate(1)
+    assert gate.open_probabilities[0].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("noise", [0.0, 0.2, 1.0])
+def test_straight_through_decisions_have_the_gradient_of_the_probabilities(
+    noise: float, training: bool
+) -> None:
+    network, x = Network().train(training), images()
+    for gate in named_gates(network).values():
+        gate.noise.fill_(noise)
+    network(x)
+    parameters = [p for gate in named_gates(network).values() for p in gate.parameters()]
+    found = straight_through_decisions(network)
+    for layer, decisions in zip(found, gate_decisions(network), strict=True):
+        assert torch.equal(layer, decisions)
+    read = (found, gate_probabilities(network))
+    weights = [torch.randn_like(layer) for layer in found]
+    sums = [sum((w * v).sum() for w, v in zip(weights, values, strict=True)) for values in read]
+    one, other = (torch.autograd.grad(value, parameters, retain_graph=True) for value in sums)
+    for name, other_name in zip(one, other, strict=True):
+        torch.testing.assert_close(name, other_name)
+
+
+def test_straight_through_decisions_without_a_gradient_are_no_silent_constant() -> None:
+    network = Network()
+    with torch.no_grad():
+        network(images())
+        assert len(straight_through_decisions(network)) == 2
+    with pytest.raises(RuntimeError, match=r"gate 'first_gate'.* kept no gradient"):
+        straight_through_decisions(network)
+
+
+@pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
+def test_a_noise_without_a_distribution_is_refused(noise: float) -> None:
+    with pytest.raises(ValueError, match=f"noise must be finite and not negative, received {noise}"):
+        binary_concrete(torch.zeros(2), noise=noise)
+
+
 def test_the_noise_is_no_part_of_the_weights() -> None:
     gate = ChannelGate(3, 7)
     assert "noise" not in gate.state_dict()
@@ -294,6 +399,37 @@ def test_gates_that_do_not_learn_can_be_read() -> None:
     assert not gate_probabilities(network)[0].requires_grad
 
 
+READINGS = ["decisions", "probabilities", "open_probabilities", "straight_through_decisions"]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_before_a_forward_pass_a_gate_has_nothing_to_read(reading: str) -> None:
+    gate = ChannelGate(3, 7)
+    assert not hasattr(gate, reading)
+    assert getattr(gate, reading, None) is None
+    for kind in (RuntimeError, AttributeError):
+        with pytest.raises(kind, match=r"^the gate has decided nothing before a forward pass .*$"):
+            getattr(gate, reading)
+    with torch.no_grad():
+        gate(images())
+    assert hasattr(gate, reading) == (reading == "decisions"), "a loss cannot reach what has no gradient"
+    gate(images())
+    assert getattr(gate, reading).shape == (32, 7)
+
+
+def test_what_a_gate_never_has_is_missed_as_in_any_module() -> None:
+    with pytest.raises(AttributeError, match="'ChannelGate' object has no attribute 'decision'"):
+        _ = ChannelGate(3, 7).decision
+
+
+def test_one_gate_an_example_may_have_logits_without_a_dimension_of_gates() -> None:
+    gate = Fixed(torch.tensor(1.0)).eval()
+    assert gate(4).tolist() == [1.0] * 4
+    assert all(getattr(gate, reading).shape == (4, 1) for reading in READINGS)
+    with pytest.raises(ValueError, match=r"logits must have shape \(N, ...\), received a single number"):
+        gate.decide(torch.tensor(1.0))
+
+
 def test_reading_before_a_forward_pass_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"gate 'first_gate': .* before a forward pass"):
         gate_probabilities(Network())
@@ -390,6 +526,256 @@ def test_a_network_can_be_copied_after_a_forward_pass(copied: type[nn.Module]) -
     assert torch.equal(network.eval()(x), other.eval()(x))
 
 
+# Networks that are traced, exported, replicated
+
+
+class OwnGate(Gate):
+    """A gate whose computation depends on values, as no tracer can follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        logits = self.logits(x.mean(dim=(2, 3)))
+        if bool((logits > 0).all()):
+            logits = -logits
+        return self.decide(scale * logits)[..., None, None]
+
+
+class OwnNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = OwnGate()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.gate(x, scale=2.0) * self.layer(x)).mean(dim=(2, 3))
+
+
+@contextmanager
+def our_warnings() -> Iterator[list[str]]:
+    """Those that name a file of this package."""
+    ours: list[str] = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield ours
+    ours += [str(w.message) for w in seen if "batchshaping" in w.filename or "gate" in str(w.message)]
+
+
+@pytest.mark.parametrize("make", [Network, OwnNetwork])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ran", [True, False])
+def test_a_network_traced_by_fx_keeps_its_gates(make: type[nn.Module], training: bool, ran: bool) -> None:
+    network, x = make().train(training), images()
+    if ran:
+        network(x)
+    traced = fx.symbolic_trace(network)
+    assert list(named_gates(traced).values()) == list(named_gates(network).values())
+    assert hasattr(next(iter(named_gates(network).values())), "decisions") == ran
+    for mode in (training, not training):  # which may change after tracing
+        for forward in (network.train(mode), traced.train(mode)):
+            torch.manual_seed(1)
+            y = forward(x)
+            p = gate_probabilities(forward)
+            if forward is network:
+                expected, expected_p = y, p
+        assert torch.equal(y, expected)
+        assert all(torch.equal(a, b) and a.requires_grad for a, b in zip(p, expected_p, strict=True))
+    l0_penalty(p).backward()
+    with gates_forced(traced, 0.0):
+        traced(x)
+        assert all(bool((d == 0).all()) for d in gate_decisions(network))
+    assert torch.equal(copy.deepcopy(traced).eval()(x), network.eval()(x))
+
+
+@pytest.mark.parametrize("make", [Network, OwnNetwork])
+def test_torchvision_extracts_features_of_a_gated_network(make: type[nn.Module]) -> None:
+    network, x = make(), images()
+    gates = list(named_gates(network))
+    for names in get_graph_node_names(network):
+        assert [name for name in names if name in gates] == gates
+    features = create_feature_extractor(network, gates)
+    for mode in (True, False):
+        found = features.train(mode)(x)
+        for layer, decisions in zip(found.values(), gate_decisions(features), strict=True):
+            assert torch.equal(layer.flatten(1), decisions)
+    assert torch.equal(found[gates[0]], network.eval().get_submodule(gates[0])(x, **scale_of(network)))
+
+
+def scale_of(network: nn.Module) -> dict[str, float]:
+    return {"scale": 2.0} if isinstance(network, OwnNetwork) else {}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:FutureWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ran", [True, False])
+def test_jit_traces_a_network_which_has_no_gates_then(ran: bool, training: bool) -> None:
+    network, x = Network().train(training), images()
+    if ran:
+        network(x)
+    with our_warnings() as ours:
+        traced = torch.jit.trace(network, x, check_trace=False)
+    assert not ours
+    for other in (x, images(5)):
+        outputs = []
+        for forward in (network, traced):
+            torch.manual_seed(1)
+            outputs.append(forward(other))
+        torch.testing.assert_close(*outputs)
+    with pytest.raises(ValueError, match="must hold at least one Gate, received a TopLevelTracedModule"):
+        gate_probabilities(traced)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_exported_network_decides_for_batches_of_any_size_and_leaves_no_trace(
+    training: bool, strict: bool
+) -> None:
+    network, x = Network().train(training), images()
+    with our_warnings() as ours:
+        batch = torch.export.Dim("batch", min=2)
+        program = torch.export.export(network, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    assert not ours
+    assert not any(hasattr(gate, "decisions") for gate in named_gates(network).values())
+    network(x)
+    decisions = gate_decisions(network)
+    program.module()(images(7))
+    assert same(gate_decisions(network), decisions)
+    outputs = []
+    for forward in (network, program.module()):
+        torch.manual_seed(1)
+        outputs.append(forward(x))
+    torch.testing.assert_close(*outputs)
+
+
+def test_what_replicas_of_data_parallel_decide_is_not_mistaken_for_what_the_gate_did() -> None:
+    network = Network()
+    network(images())
+    replica = network.first_gate._replicate_for_data_parallel()
+    assert not hasattr(network.first_gate, "decisions") and not hasattr(replica, "decisions")
+    with pytest.raises(RuntimeError, match="replica of DataParallel"):
+        gate_probabilities(network)
+
+
+def test_gradients_by_torch_func_are_those_of_autograd() -> None:
+    network, x = Network(), images()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(1)
+        y = torch.func.functional_call(network, parameters, x)
+        penalty = l0_penalty(straight_through_decisions(network))
+        return y.square().mean() + shaping(gate_probabilities(network)) + penalty
+
+    found = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
+def test_under_vmap_each_example_is_decided_for_as_in_the_batch() -> None:
+    network, x = Network().eval(), images()
+    found = torch.func.vmap(lambda example: network(example[None])[0])(x)
+    torch.testing.assert_close(found, network(x))
+
+
+# Devices and types: tensors on the meta device have no values, so that reading one, or mixing it in, raises
+
+
+def everything(network: Network, x: Tensor) -> list[Tensor]:
+    """What there is to compute of a network and its gates."""
+    network(x)
+    decisions, probabilities = gate_decisions(network), gate_probabilities(network)
+    counts = GateCounts(2)
+    counts.update(decisions, torch.arange(len(x), device="cpu") % 2)
+    with gates_forced(network, 0.5, seed=1):
+        forced = network(x)
+    return [
+        *decisions,
+        *probabilities,
+        *straight_through_decisions(network),
+        *(gate.open_probabilities for gate in named_gates(network).values()),
+        forced,
+        l0_penalty(probabilities),
+        *counts.open,
+        counts.examples,
+        torch.tensor(counts.statistics(), dtype=torch.float64, device="cpu"),
+        torch.tensor(gate_statistics(decisions), dtype=torch.float64, device="cpu"),
+    ]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AMBIENT = {
+    "meta": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ambient", AMBIENT)
+def test_a_default_device_or_type_changes_nothing(ambient: str, training: bool) -> None:
+    network, x = Network().train(training), images()
+    other = copy.deepcopy(network)
+    torch.manual_seed(1)
+    expected = everything(network, x)
+    torch.manual_seed(1)
+    with AMBIENT[ambient]():
+        found = everything(other, x)
+    for e, f in zip(expected, found, strict=True):
+        assert e.dtype == f.dtype and e.device == f.device and torch.equal(e, f)
+
+
+@pytest.mark.parametrize("load", ["to_empty", "assign"])
+def test_a_network_made_on_the_meta_device_has_its_noise_once_it_has_its_weights(load: str) -> None:
+    network, x = Network(), images()
+    with torch.device("meta"):
+        other = Network()
+    assert all(p.is_meta for p in other.parameters())
+    if load == "to_empty":
+        other.to_empty(device="cpu")
+    other.load_state_dict(copy.deepcopy(network.state_dict()), assign=load == "assign")
+    outputs = []
+    for forward in (network, other):
+        torch.manual_seed(1)
+        outputs.append(forward(x))
+        assert all(gate.noise.item() == 1 for gate in named_gates(forward).values())
+    assert torch.equal(*outputs)
+
+
+def test_the_noise_keeps_its_value_whatever_becomes_of_the_weights() -> None:
+    gate = ChannelGate(3, 7)
+    gate.noise.fill_(0.25)
+    for move in (
+        lambda: gate.to_empty(device="cpu"),
+        lambda: gate.to("meta"),
+        lambda: gate.to_empty(device="cpu"),
+        lambda: gate.double(),
+        lambda: gate.bfloat16(),
+        lambda: gate.float(),
+    ):
+        move()
+        assert gate.noise.item() == 0.25
+
+
+def test_a_gate_is_made_where_and_of_what_type_it_is_asked_to_be() -> None:
+    gate = ChannelGate(3, 7, device="meta", dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in gate.parameters())
+
+
 # Gates that chance decides for
 
 
@@ -461,6 +847,21 @@ def test_forced_gates_can_be_nested_and_end_with_their_block() -> None:
     assert same(gate_decisions(network), own)
 
 
+def test_forced_gates_may_end_in_another_order_than_they_began() -> None:
+    network, x = Network().eval(), images()
+    network(x)
+    own = gate_decisions(network)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(gates_forced(network, 1.0))
+    second.enter_context(gates_forced(network, 0.0))
+    first.close()
+    network(x)
+    assert all((d == 0).all() for d in gate_decisions(network))
+    second.close()
+    network(x)
+    assert same(gate_decisions(network), own)
+
+
 def test_gates_decide_again_after_an_error() -> None:
     network, x = Network().eval(), images()
     network(x)
@@ -513,6 +914,12 @@ def test_a_share_beyond_0_and_1_is_refused(share: float) -> None:
         forced_decisions(Network(), share)
 
 
+@pytest.mark.parametrize("seed", [-1, 0.5, "a"])
+def test_a_seed_that_is_none_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must be an integer, at least 0, received {seed!r}"):
+        forced_decisions(Network(), 0.5, seed)
+
+
 def test_a_model_without_gates_cannot_be_forced() -> None:
     with (
         pytest.raises(ValueError, match="at least one Gate, received a Linear"),
@@ -545,6 +952,15 @@ def test_there_is_no_mean_of_no_gates(empty: Tensor | list[Tensor]) -> None:
     for function in (l0_penalty, gate_statistics):
         with pytest.raises(ValueError, match="at least one example and one gate"):
             function(empty)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3), (3, 3)], [(3,), (3,)], [(2, 3), (2, 3, 1)]])
+def test_layers_of_other_examples_are_refused_with_all_shapes(shapes: list[tuple[int, ...]]) -> None:
+    layers = [torch.ones(shape) for shape in shapes]
+    for function in (l0_penalty, gate_statistics):
+        with pytest.raises(ValueError, match=r"^layers must have shapes \(N, gates\)[^\n]*$") as error:
+            function(layers)
+        assert str(error.value).endswith(f"received {shapes}")
 
 
 # The statistics
@@ -638,13 +1054,76 @@ def test_a_batch_with_a_probability_is_refused_and_not_counted(wrong: float) -> 
     assert counts.examples.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("shapes", "labels", "message"),
+    [
+        ([(2, 3)], [0], r"decisions must have shapes \(N, gates\) = \[\(1, 3\)\], received \[\(2, 3\)\]"),
+        ([(2, 4)], [0, 1], r"= \[\(2, 3\)\], received \[\(2, 4\)\]"),
+        ([(2, 3), (2, 3)], [0, 1], r"= \[\(2, 3\)\], received \[\(2, 3\), \(2, 3\)\]"),
+        ([(2,)], [0, 1], r"received \[\(2,\)\]"),
+        ([(2, 3, 1)], [0, 1], r"received \[\(2, 3, 1\)\]"),
+        ([(2, 3)], [0, 2], r"labels must be in 0, \.\.\., 1, received 2"),
+        ([(2, 3)], [-1, 0], r"labels must be in 0, \.\.\., 1, received -1"),
+        ([(2, 3)], [0.0, 1.0], r"labels must be integers of shape \(N,\), received torch.float32"),
+        (
+            [(2, 3)],
+            [[0, 1]],
+            r"labels must be integers of shape \(N,\), received torch.int64 of shape \(1, 2",
+        ),
+    ],
+)
+def test_a_batch_of_another_shape_or_class_is_refused_and_not_counted(
+    shapes: list[tuple[int, ...]], labels: list[int], message: str
+) -> None:
+    counts = GateCounts(classes=2)
+    counts.update([torch.ones(2, 3)], torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=message):
+        counts.update([torch.ones(shape) for shape in shapes], torch.tensor(labels))
+    assert counts.examples.tolist() == [1, 1]
+    assert [layer.tolist() for layer in counts.open] == [[[1] * 3] * 2]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2,), (2, 3, 1), ()])
+def test_a_first_batch_that_is_not_of_the_labels_examples_is_refused(shape: tuple[int, ...]) -> None:
+    counts = GateCounts(classes=2)
+    with pytest.raises(ValueError, match=r"decisions must have shapes \(N, gates\) = \[\(2, "):
+        counts.update([torch.ones(2, 3), torch.ones(shape)], torch.tensor([0, 1]))
+    assert not counts.open and counts.examples.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("classes", [0, -1, 1.5])
+def test_there_must_be_a_class(classes: int) -> None:
+    with pytest.raises(ValueError, match=f"classes must be an integer, at least 1, received {classes}"):
+        GateCounts(classes)
+
+
 def test_there_are_no_statistics_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least one example and one gate"):
         GateCounts(classes=2).statistics()
 
 
-def test_a_gate_in_training_says_that_it_needs_two_examples() -> None:
+@pytest.mark.parametrize("examples", [0, 1])
+def test_a_gate_in_training_says_that_it_needs_two_examples(examples: int) -> None:
     gate = ChannelGate(3, 4)
-    with pytest.raises(ValueError, match="needs at least 2 examples, received 1"):
-        gate(torch.randn(1, 3))
-    assert gate.eval()(torch.randn(1, 3)).shape == (1, 4)
+    with pytest.raises(ValueError, match=f"needs at least 2 examples, received {examples}"):
+        gate(torch.randn(examples, 3))
+    assert gate.eval()(torch.randn(examples, 3)).shape == (examples, 4)
+    assert gate.decisions.shape == gate.probabilities.shape == (examples, 4)
+    gate.train()
+    gate.to_logits[1].eval()  # frozen, it needs no batch
+    assert gate(torch.randn(examples, 3)).shape == (examples, 4)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, 16.0, True, "a", None])
+@pytest.mark.parametrize("name", ["in_channels", "out_channels", "hidden"])
+def test_a_width_that_is_none_is_refused_in_one_line(name: str, value: object) -> None:
+    settings = {"in_channels": 3, "out_channels": 4, name: value}
+    with pytest.raises(ValueError, match=f"^{name} must be an integer, at least 1, received {value!r}$"):
+        ChannelGate(**settings)
+    assert isinstance(ChannelGate(**{**settings, name: np.int64(5)}), ChannelGate)
+
+
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), -float("inf")])
+def test_a_bias_that_is_not_finite_is_refused_in_one_line(bias: float) -> None:
+    with pytest.raises(ValueError, match=f"^bias must be finite, received {bias}$"):
+        ChannelGate(3, 4, bias=bias)

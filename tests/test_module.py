@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchshaping.gates import Gate, gate_probabilities
+from batchshaping.gates import Gate, gate_decisions, gate_probabilities
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, load_data
 from batchshaping.training.module import DataModule, GatedClassifier, make_network
@@ -75,7 +75,7 @@ def fit(module: GatedClassifier, *callbacks: pl.Callback, **settings: Any) -> pl
 
 
 def multiply_adds(network: nn.Module, data: Data, gates: list[Tensor]) -> tuple[Tensor, float]:
-    """Expected multiply-adds of an image as a share of the ungated network's, and that of closed gates."""
+    """Mean multiply-adds of an image as a share of the ungated network's, and that of closed gates."""
     macs: dict[str, float] = {}
 
     def count(module: nn.Module, inputs: Any, output: Tensor, name: str) -> None:
@@ -91,14 +91,14 @@ def multiply_adds(network: nn.Module, data: Data, gates: list[Tensor]) -> tuple[
         for name, layer in plain_layers.items()
     ]
     modes = {module: module.training for module in network.modules()}
-    logits = [gate._logits for gate in network.modules() if isinstance(gate, Gate)]
+    made = [(gate, gate._logits, gate._decisions) for gate in network.modules() if isinstance(gate, Gate)]
     with torch.no_grad():
         network.eval()(torch.zeros(1, *data.shape))
         plain(torch.zeros(1, *data.shape))
     for module, mode in modes.items():
         module.training = mode
-    for gate, before in zip((m for m in network.modules() if isinstance(m, Gate)), logits, strict=True):
-        gate._logits = before
+    for gate, logits, decisions in made:
+        gate._logits, gate._decisions = logits, decisions
     for handle in handles:
         handle.remove()
     dense = sum(n for name, n in macs.items() if name.startswith("plain "))
@@ -131,6 +131,7 @@ class Objective(pl.Callback):
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
+        self.above: list[bool] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         self.labels = batch[1]
@@ -152,11 +153,15 @@ class Objective(pl.Callback):
                 expected = expected + gamma * value
                 surrogate = surrogate + gamma * (p * gradient).sum()
             costs = {
-                "open-gates": lambda: torch.cat([p.flatten() for p in gates]).mean(),
-                "multiply-adds": lambda: multiply_adds(module.network, module.data, gates)[0],
+                "open-gates": lambda gates: torch.cat([p.flatten() for p in gates]).mean(),
+                "multiply-adds": lambda gates: multiply_adds(module.network, module.data, gates)[0],
             }
-            above = F.relu(costs[config.penalized]() - config.budget)
-            expected, surrogate = expected + lambda_ * above, surrogate + lambda_ * above
+            # The value is that of what was decided, whatever the noise; the gradient is that of p. Each layer
+            # has gates on one side only, so that the cost is linear in them.
+            spent = costs[config.penalized](gate_decisions(module.network))
+            self.above.append(spent.item() > config.budget)
+            expected = expected + lambda_ * F.relu(spent - config.budget)
+            surrogate = surrogate + lambda_ * self.above[-1] * costs[config.penalized](gates)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
         parameters = dict(module.network.named_parameters())
         found, by_formula = (
@@ -437,3 +442,26 @@ def test_two_ranks_follow_the_loss_curve_of_one_process(settings: dict[str, Any]
             torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
     # All three terms took part.
     assert {"batch_shaping", "penalty"} <= set().union(*expected)
+
+
+class Penalties(pl.Callback):
+    """What each step spent, as a share of the ungated network's multiply-adds, and its penalty as logged."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        logged = trainer.callback_metrics
+        if "penalty" in logged:
+            spent = module._spent().item() / module.cost.dense
+            self.steps.append((spent, logged["penalty"].item()))
+
+
+def test_without_noise_a_step_is_penalized_for_what_it_spent_above_the_budget() -> None:
+    """Of gates without noise, the probabilities say less, or more, than what is spent."""
+    config = with_settings(penalized="multiply-adds", budget=0.6, shaping=0.0, gate_bias=0.0, log_every=1)
+    seen = Penalties()
+    fit(quiet(made(config)), seen)
+    assert len({spent > 0.6 for spent, _ in seen.steps}) == 2, "both sides of the budget are seen"
+    for spent, penalty in seen.steps:
+        assert penalty == pytest.approx(3 * max(0.0, spent - 0.6), abs=1e-5)

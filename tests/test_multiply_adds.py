@@ -405,7 +405,156 @@ def test_the_expected_cost_moves_the_gates() -> None:
         assert cost.per_example(gate_probabilities(model)).mean() < before
 
 
-# Precision, and compiled models
+def test_straight_through_decisions_cost_what_decisions_do_and_move_the_gates() -> None:
+    model, x = bs.gate_resnet(tiny(Bottleneck), hidden=3), torch.randn(8, 3, 16, 16)
+    for gate in named_gates(model).values():
+        gate.noise.fill_(0.0)
+    cost = MultiplyAdds(model, x)
+    model(x)
+    spent = cost.per_example(bs.straight_through_decisions(model))
+    assert torch.equal(spent, cost.per_example(gate_decisions(model)))
+    spent.mean().backward()
+    for gate in named_gates(model).values():
+        assert all(p.grad is not None and bool((p.grad != 0).any()) for p in gate.parameters())
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.4, 1.0])
+def test_open_probabilities_give_the_mean_of_what_is_spent_under_the_present_noise(noise: float) -> None:
+    torch.manual_seed(1)
+    model, n = bs.gate_resnet(nn.Sequential(Bottleneck(8, 2))), 20_000
+    for module in model.modules():
+        module.training = isinstance(module, ChannelGate)  # normalization that couples no examples
+    for gate in named_gates(model).values():
+        gate.noise.fill_(noise)
+    x = torch.randn(1, 8, 3, 3)
+    cost = MultiplyAdds(model, x)
+    with torch.no_grad():
+        model(x.expand(n, -1, -1, -1))
+        spent = cost.per_example(gate_decisions(model)).double()
+        expected = cost.per_example([gate.open_probabilities for gate in named_gates(model).values()])[0]
+    assert abs(spent.mean() - expected).item() < 5 * spent.std().item() / n**0.5 + 1e-3
+
+
+SHAPES = [
+    [],
+    [(3, 4)],
+    [(3, 4), (2, 8), (3, 16)],
+    [(3, 8), (3, 4), (3, 16)],
+    [(3, 4), (3, 8), (3, 16), (3, 1)],
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_gates_of_another_model_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    model, x = bs.gate_resnet(SmallImageResNet(8, width=4), hidden=3), torch.randn(2, 3, 8, 8)
+    cost = MultiplyAdds(model, x)
+    for read in (cost.per_example, cost.per_layer):
+        with pytest.raises(
+            ValueError, match=r"^gates must have shapes \[\(N, 4\), \(N, 8\), \(N, 16\)\], rec"
+        ):
+            read([torch.ones(shape) for shape in shapes])
+    with pytest.raises(ValueError, match=r"^gates must have shapes \[\], received \[\(3, 4\)\]$"):
+        MultiplyAdds(SmallImageResNet(8, width=4), x).per_example([torch.ones(3, 4)])
+
+
+# Layers in two places, and models without layers
+
+
+def test_a_gated_block_that_runs_twice_is_refused_by_name() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = BasicBlock(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))
+
+    first, second = BasicBlock(4, 4), BasicBlock(4, 4)
+    second.conv1 = first.conv1
+    for model, name in ((Twice(), "block"), (nn.Sequential(first, second), "0")):
+        with pytest.raises(
+            ValueError, match=rf"must run once in a forward pass, received '{name}', where conv1"
+        ):
+            count_macs(bs.gate_resnet(model), torch.randn(2, 4, 6, 6))
+
+
+def test_a_gated_layer_is_switched_under_whatever_name_it_is_found_first() -> None:
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            block = BasicBlock(4, 4)
+            self.shortcut, self.block = block.conv2, block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)
+
+    model, x = bs.gate_resnet(Alias()), torch.randn(2, 4, 6, 6)
+    with gates_forced(model, 0.0):
+        assert count_macs(model, x).tolist() == [cost_of_gates(model)] * 2
+    assert MultiplyAdds(model, x).fixed == cost_of_gates(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:FutureWarning")
+def test_a_model_whose_layers_are_not_called_is_refused() -> None:
+    ungated, x = SmallImageResNet(8, width=4).eval(), torch.randn(2, 3, 8, 8)
+    gated = bs.gate_resnet(copy.deepcopy(ungated), hidden=3)
+    made = [
+        torch.jit.trace(ungated, x),
+        torch.jit.trace(gated, x),
+        torch.fx.symbolic_trace(gated),
+        torch.export.export(ungated, (x,)).module(),
+        nn.Sequential(torch.fx.symbolic_trace(gated)),
+    ]
+    for model in made:
+        with pytest.raises(
+            ValueError, match="counted in a model before it is traced or exported, received a tr"
+        ):
+            count_macs(model, x)
+    assert torch.equal(count_macs(torch.fx.symbolic_trace(ungated), x), count_macs(ungated, x))
+
+
+# Precision, devices, and compiled models
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("ambient", ["meta", "float64", "bfloat16"])
+def test_a_default_device_or_type_changes_no_cost(ambient: str, gated: bool) -> None:
+    model, x = SmallImageResNet(8, width=100), torch.randn(3, 3, 8, 8)
+    if gated:
+        bs.gate_resnet(model)
+
+    def costs() -> list[Tensor]:
+        cost, gates = MultiplyAdds(model, x), gate_decisions(model) if gated else []
+        return [count_macs(model, x), cost.per_example(gates), *cost.per_layer(gates).values()]
+
+    expected = costs()
+    if ambient == "meta":
+        with torch.device("meta"):
+            found = costs()
+    else:
+        torch.set_default_dtype(getattr(torch, ambient))
+        try:
+            found = costs()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for e, f in zip(expected, found, strict=True):
+        assert e.dtype == f.dtype == torch.float32 and f.device.type == "cpu" and torch.equal(e, f)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_model_on_another_device_has_its_costs_there(gated: bool) -> None:
+    model = SmallImageResNet(8, width=4)
+    x = torch.randn(3, 3, 8, 8)
+    if gated:
+        bs.gate_resnet(model)
+    dense = MultiplyAdds(model, x).dense
+    model, x = model.to("meta"), x.to("meta")
+    cost = MultiplyAdds(model, x)
+    assert cost.dense == dense
+    found = count_macs(model, x)
+    assert found.shape == (3,) and found.is_meta
+    if gated:
+        assert all(layer.is_meta for layer in cost.per_layer(gate_decisions(model)).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

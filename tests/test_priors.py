@@ -152,13 +152,14 @@ def test_outside_the_support_the_logarithms_are_those_of_the_nearest_value(
     prior = family.prior(*parameters)
     for dtype in (F64, torch.float32):
         finfo = torch.finfo(dtype)
-        first, last = finfo.smallest_normal, 1 - finfo.eps / 2
+        first, last = finfo.smallest_normal * finfo.eps, 1 - finfo.eps / 2
         x = torch.tensor([-2.0, 0.0, first, last, 1.0, 3.0], dtype=dtype, requires_grad=True)
         for values in (prior.log_cdf(x), prior.log_sf(x)):
             assert bool(values.isfinite().all()) and bool((values <= 0).all())
-            assert values[0] == values[1] == values[2] and values[3] == values[4] == values[5]
+            assert values[0] == values[1] and values[3] == values[4] == values[5]
             (slope,) = torch.autograd.grad(values.sum(), x)
             assert not slope[[0, 1, 4, 5]].any()
+        assert prior.log_cdf(x)[1] <= prior.log_cdf(x)[2] and prior.log_sf(x)[1] >= prior.log_sf(x)[2]
 
 
 @each_prior
@@ -173,6 +174,20 @@ def test_gradcheck_of_the_logarithms_in_everything(
         lambda z, *p: getattr(family.prior(*p), method)(back(z)),
         (start.requires_grad_(), *learned(parameters, (4,), 0.1)),
     )
+
+
+@each_family
+def test_the_logarithms_broadcast_values_and_parameters(family: Family) -> None:
+    example = family.examples[0]
+    first = torch.linspace(0.9, 1.1, 3, dtype=F64) * example[0]
+    prior = family.prior(first, *example[1:])
+    x = torch.linspace(0.2, 0.8, 5, dtype=F64).unsqueeze(1)
+    for method in ("log_cdf", "log_sf"):
+        found = getattr(prior, method)(x)
+        columns = [getattr(family.prior(p, *example[1:]), method)(x[:, 0]) for p in first]
+        torch.testing.assert_close(found, torch.stack(columns, dim=1))
+        mapped = torch.func.vmap(lambda p, m=method: getattr(family.prior(p, *example[1:]), m)(x[:, 0]))
+        torch.testing.assert_close(mapped(first), found.T)
 
 
 @each_family
@@ -372,11 +387,39 @@ def test_numbers_are_exact_in_double_precision() -> None:
 @each_prior
 def test_numbers_do_not_widen_single_precision(family: Family, parameters: tuple[float, ...]) -> None:
     prior = family.prior(*parameters)
+    scalar = torch.tensor(0.3)
+    for method in (prior.cdf, prior.icdf, prior.log_prob, prior.log_cdf, prior.log_sf):
+        assert method(scalar).dtype == torch.float32
     x = torch.rand(5)
     assert prior.cdf(x).dtype == torch.float32
     assert prior.icdf(x).dtype == torch.float32
     assert prior.log_prob(x.clamp(0.1, 0.9)).dtype == torch.float32
     assert prior.sample().dtype == torch.float32
+
+
+@each_prior
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F64])
+def test_the_default_dtype_changes_no_function_of_numbers(
+    family: Family, parameters: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    prior, x = family.prior(*parameters), torch.linspace(0.1, 0.9, 9)
+    methods = ("cdf", "icdf", "log_prob", "log_cdf", "log_sf")
+    expected = [getattr(prior, method)(x) for method in methods]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [getattr(family.prior(*parameters), method)(x) for method in methods]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("value", ["six", None, [0.6, 0.4], np.array([0.6, 0.4])], ids=repr)
+def test_what_is_no_parameter_is_refused_by_name_in_one_line(value: object) -> None:
+    with pytest.raises(TypeError, match=r"^Beta: b must be a number or a tensor, received .+$") as caught:
+        bs.Beta(0.6, value)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match=r"^Normal: loc must be real, received torch\.complex64$"):
+        bs.Normal(torch.tensor(1j), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +454,20 @@ def test_a_parameter_updated_in_place_is_seen_by_the_same_prior(family: Family) 
 
 
 @each_family
+def test_a_parameter_updated_out_of_its_range_is_refused_by_check(family: Family) -> None:
+    parameters = [torch.nn.Parameter(torch.tensor(p)) for p in family.examples[0]]
+    prior, unchecked = family.prior(*parameters), family.prior(*parameters, validate_args=False)
+    prior.check()
+    with torch.no_grad():
+        parameters[-1].fill_(-7.5)
+    name = family.names[-1]
+    for made in (prior, prior.expand((2, 3)), prior.replace()):
+        with pytest.raises(ValueError, match=rf"{type(prior).__name__}: {name} must be .* received -7\.5"):
+            made.check()
+    unchecked.check()
+
+
+@each_family
 def test_the_likelihood_reaches_learned_parameters(family: Family) -> None:
     given = learned(family.examples[0])
     x = inside(family, family.examples[0], (20,))
@@ -431,10 +488,10 @@ def test_gradcheck_of_the_quantiles_in_everything(family: Family) -> None:
 # Errors
 
 OUT_OF_RANGE = [
-    (bs.Beta, (0.0, 0.4), "Beta: a must be positive and finite, received 0"),
-    (bs.Beta, (0.6, -0.4), "Beta: b must be positive and finite, received -0.4"),
-    (bs.Beta, (torch.inf, 0.4), "Beta: a must be positive and finite, received inf"),
-    (bs.Beta, (torch.nan, 0.4), "Beta: a must be positive and finite, received nan"),
+    (bs.Beta, (0.0, 0.4), "Beta: a must be between 1e-300 and 1e300, received 0"),
+    (bs.Beta, (0.6, -0.4), "Beta: b must be between 1e-300 and 1e300, received -0.4"),
+    (bs.Beta, (torch.inf, 0.4), "Beta: a must be between 1e-300 and 1e300, received inf"),
+    (bs.Beta, (torch.nan, 0.4), "Beta: a must be between 1e-300 and 1e300, received nan"),
     (bs.SymBeta, (1.0,), "SymBeta: a must be between 0 and 1.*received 1"),
     (bs.SymBeta, (-0.5,), "SymBeta: a must be between 0 and 1.*received -0.5"),
     (bs.RelaxedBernoulli, (0.0, 0.25), "RelaxedBernoulli: mean must be between 0 and 1.*received 0"),
@@ -452,6 +509,21 @@ def test_out_of_range_is_refused_in_one_line_with_name_and_value(prior, paramete
         with pytest.raises(ValueError, match=message) as caught:
             prior(*each)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [2e300, 1e-301])
+def test_concentrations_beyond_what_is_exact_are_refused(value: float) -> None:
+    for concentration in (value, torch.tensor(value, dtype=F64)):
+        for make in (lambda v: bs.Beta(v, 2.0), lambda v: bs.Beta(2.0, v)):
+            with pytest.raises(ValueError, match=r"between 1e-300 and 1e300, received (2e\+300|1e-301)$"):
+                make(concentration)
+    # A learned one that an optimizer has taken there, too.
+    learned = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    prior = bs.Beta(learned, 2.0)
+    with torch.no_grad():
+        learned.fill_(value)
+    with pytest.raises(ValueError, match="between 1e-300 and 1e300"):
+        bs.batch_shaping(torch.rand(5), prior)
 
 
 @pytest.mark.parametrize(("prior", "parameters", "message"), OUT_OF_RANGE, ids=[m for *_, m in OUT_OF_RANGE])

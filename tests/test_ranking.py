@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +46,36 @@ def test_indices_are_a_permutation_that_leads_to_the_values(x: Tensor) -> None:
     everything = torch.arange(x.shape[-1]).expand(x.shape)
     assert torch.equal(order.indices.sort(dim=-1).values, everything)
     np.testing.assert_array_equal(x.gather(-1, order.indices), order.values)
+
+
+@contextmanager
+def subnormal_numbers_are_zero() -> Iterator[None]:
+    assert torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@given(tensors())
+def test_where_subnormal_numbers_are_flushed_to_zero_they_are_sorted_as_zeros(x: Tensor) -> None:
+    with subnormal_numbers_are_zero():
+        order = order_statistics(x)
+    flushed = torch.where(x.abs() < torch.finfo(x.dtype).smallest_normal, 0.0, x)
+    np.testing.assert_array_equal(order.indices, np.argsort(flushed.numpy(), axis=-1, kind="stable"))
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [3, 1000, 70_001])
+def test_where_subnormal_numbers_are_flushed_to_zero_zeros_keep_their_order(
+    n: int, dtype: torch.dtype
+) -> None:
+    for x in (torch.zeros(n, dtype=dtype), torch.relu(torch.randn(4, n, dtype=dtype))):
+        with subnormal_numbers_are_zero():
+            order = order_statistics(x)
+        expected = torch.sort(x, stable=True)
+        assert torch.equal(order.values, expected.values)
+        assert torch.equal(order.indices, expected.indices)
 
 
 @given(tensors())

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -19,8 +18,6 @@ import pytest
 import scipy.stats
 from commands import refused
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -478,27 +475,6 @@ OF_GATES["class-multiply-adds"] = 1
 OF_ALL = {"accuracy": 1, "class-accuracy": 1}
 # By how many runs there are: three kinds, two of them with the faint points of their seeds; or one kind.
 TRADEOFF = {1: {}, 6: {"tradeoff": 5}, 7: {"tradeoff": 2}}
-
-
-def installed(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        pytest.fail(f"there is no {program}; on Debian please run: apt install chromium chromium-driver")
-    return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[WebDriver]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = installed("chromium")
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(installed("chromedriver")))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture(scope="module")

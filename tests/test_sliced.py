@@ -155,6 +155,17 @@ def test_the_loss_has_the_dtype_of_the_embedding(dtype: torch.dtype) -> None:
     assert bool(x.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_projected_in_single(half: torch.dtype) -> None:
+    x = torch.randn(64, 16).to(half)
+    loss = SlicedBatchShapingLoss(32, statistic="epps_pulley").eval()
+    exact = loss(x.float())
+    with torch.autocast("cpu", dtype=half):
+        assert loss(x.float()) == exact
+        assert loss(x) == exact.to(half)
+    assert loss(x) == exact.to(half)
+
+
 # What it is for
 
 

@@ -461,6 +461,84 @@ def test_logits_do_not_saturate(statistic: str, dtype: torch.dtype) -> None:
     assert values[0, 1] == 1.0 and by_values[0, 1] == 0.0
 
 
+@pytest.mark.parametrize(
+    "prior",
+    [bs.RelaxedBernoulli(0.2, 0.25), bs.RelaxedBernoulli(0.5, 8.0), bs.Beta(5.0, 2.0), bs.Beta(0.6, 0.4)],
+    ids=str,
+)
+@pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -88.0), (F64, -700.0), (F64, -740.0)], ids=str)
+def test_values_that_are_subnormal_have_the_gradient_of_their_logits(
+    prior: td.Distribution, dtype: torch.dtype, lowest: float
+) -> None:
+    results = []
+    for logits in (False, True):
+        z = torch.tensor([0.0, lowest, 2.0], dtype=dtype, requires_grad=True)
+        x = z if logits else torch.sigmoid(z)
+        loss = bs.batch_shaping(x, prior, statistic="anderson_darling", logits=logits)
+        results.append((loss.detach(), torch.autograd.grad(loss, z)[0]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@each_of_all
+def test_all_is_finite_however_near_to_0_a_value_is(
+    statistic: str, family: Family, dtype: torch.dtype
+) -> None:
+    finfo = torch.finfo(dtype)
+    tiny = finfo.smallest_normal
+    for parameters in family.examples:
+        x = torch.tensor([0.0, tiny * finfo.eps, tiny / 8, tiny, 0.3, 1.0], dtype=dtype, requires_grad=True)
+        given = [torch.tensor(p, dtype=dtype, requires_grad=True) for p in parameters]
+        loss = bs.batch_shaping(x, family.prior(*given), statistic=statistic)
+        for number in (loss, *torch.autograd.grad(loss, (x, *given))):
+            assert bool(number.isfinite().all())
+
+
+@pytest.mark.parametrize("statistic", ["epps_pulley", "cramer_von_mises", "wasserstein"])
+def test_where_the_sigmoid_rounds_to_1_the_gradient_in_logits_is_that_of_double(statistic: str) -> None:
+    gradients = []
+    for dtype in (torch.float32, F64):
+        z = torch.tensor([-20.0, -1.0, 0.5, 18.0, 20.0, 30.0], dtype=dtype, requires_grad=True)
+        loss = bs.batch_shaping(z, bs.Normal(0.3, 1.2), statistic=statistic, logits=True)
+        gradients.append(torch.autograd.grad(loss, z)[0].double())
+    assert bool((gradients[0][-3:].abs() > 1e-15).all())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=0)
+
+
+@each_statistic
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_ties_among_logits_are_those_of_the_logits_whatever_the_prior(
+    statistic: str, dtype: torch.dtype
+) -> None:
+    """Large logits are different numbers, though their sigmoids are the same."""
+    z = torch.tensor([-1.0, 0.3, 40.0, 41.0, 42.0, 42.0], dtype=dtype)
+    losses = [
+        bs.batch_shaping(z, family(0.5, 0.7), statistic=statistic, ties=True, logits=True)
+        for family in (bs.Normal, td.Normal)
+    ]
+    positions = torch.tensor([1, 2, 3, 4, 6, 6], dtype=F64).numpy() / 7
+    terms = TERMS[statistic](NORMAL)(torch.sigmoid(z.double()).numpy(), positions, 0.5, 0.7)
+    for loss in losses:
+        torch.testing.assert_close(loss.double(), torch.tensor(terms.mean(), dtype=F64), rtol=1e-4, atol=1e-7)
+
+
+@each_of_all
+@pytest.mark.parametrize("foreign", [False, True], ids=["closed", "autograd"])
+def test_an_infinite_logit_is_a_sample_with_a_mask_and_without(
+    statistic: str, family: Family, foreign: bool
+) -> None:
+    z = torch.tensor([[-torch.inf, -1.0, 0.2, torch.inf, 2.0], [0.1, torch.inf, torch.inf, -3.0, 1.0]])
+    prior: td.Distribution = family.prior(*family.examples[0])
+    if foreign:
+        prior = td.Normal(0.5, 0.7)
+    call = partial(bs.batch_shaping, prior=prior, dim=1, statistic=statistic, logits=True, reduction="none")
+    plain = call(z)
+    assert bool(plain.isfinite().all())
+    torch.testing.assert_close(call(z, mask=torch.ones_like(z, dtype=torch.bool)), plain)
+    padded = torch.cat([z, torch.full((2, 1), torch.nan)], dim=1)
+    torch.testing.assert_close(call(padded, mask=~padded.isnan()), plain)
+
+
 @each_statistic
 @each_prior
 @each_ties

@@ -141,6 +141,13 @@ def test_what_is_no_sample_is_refused(plot) -> None:
         plot(torch.rand(5), bs.Beta(torch.ones(3), 6))
 
 
+@pytest.mark.parametrize("style", ["ggplot", "dark_background"])
+def test_a_figure_looks_the_same_whatever_style_is_active(style: str, shaped: Fit) -> None:
+    plain = pixels(viz_utils.plot_fit(shaped))
+    with mpl.style.context(style):
+        assert (pixels(viz_utils.plot_fit(shaped)) == plain).all()
+
+
 def test_the_house_style_ends_with_its_block() -> None:
     before = dict(mpl.rcParams)
     with viz_utils.house_style():
@@ -320,8 +327,8 @@ def test_the_lines_of_a_prior(prior: Prior, p1: float, p2: float | None, oracle)
     x, pdf = viz_utils.plot_gt_pdf(ax, prior, p1, p2, num_pts=7, eps_clip_x=0.01, eps_ylim=0.5).get_data()
     np.testing.assert_allclose(pdf, oracle.pdf(x), rtol=1e-5)
     np.testing.assert_allclose(x, np.linspace(0.01, 0.99, 7))
-    assert ax.get_ylim() == pytest.approx((0, pdf.max() + 0.5))
-    assert len(ax.lines) == 2
+    assert ax.get_ylim() == pytest.approx((-0.5, pdf.max() + 0.5))
+    assert [line.get_label() for line in ax.lines] == ["CDF (target)", "PDF (target)"]
 
 
 def test_the_lines_of_a_relaxed_bernoulli() -> None:
@@ -346,36 +353,29 @@ def test_an_unknown_prior_or_a_missing_parameter_is_refused(plot) -> None:
     assert not ax.lines
 
 
-def test_a_loop_written_for_the_published_helpers_runs() -> None:
-    fig, data_ax, loss_ax, pdf_ax, data_plot, cdf_pred_plot, loss_plot = viz_utils.init_anim_plot(20)
-    viz_utils.plot_gt_cdf(data_ax, Prior.BETA, 2, 6)
-    shaped = fit(published_start(), bs.Beta(2, 6), steps=20)
-    for step in range(20):
-        x = shaped.values[step].sort().values.numpy()
-        data_plot.set_data(x, np.linspace(0, 1, 500))
-        cdf_pred_plot.set_data(x, np.arange(1, 501) / 501)
-        loss_plot.set_data(range(step + 1), shaped.losses[: step + 1])
-        pdf_ax.clear()
-        pdf_ax.hist(x, bins=20, density=True)
-        viz_utils.plot_gt_pdf(pdf_ax, Prior.BETA, 2, 6)
-    assert fig.axes == [data_ax, loss_ax, pdf_ax]
-    assert loss_ax.get_xlim() == (0, 20)
-    assert pyplot.get_fignums() == [fig.number]
-    # Every point lies where it can be seen.
-    assert loss_ax.get_ylim()[0] < shaped.losses.min() < shaped.losses.max() < loss_ax.get_ylim()[1]
-    pixels(fig)
+def test_a_density_that_is_infinite_at_an_end_is_drawn_up_to_where_it_is_finite() -> None:
+    ax = Figure().add_subplot()
+    viz_utils.plot_gt_pdf(ax, Prior.SYMBETA, 0.9, None, num_pts=11, eps_clip_x=0.0)
+    assert ax.get_ylim() == pytest.approx((-0.25, stats.beta(0.9, 0.1).pdf(0.9) + 0.25))
 
 
-def test_the_figure_for_the_generalized_loss() -> None:
-    fig, data_axes, *axes, prior_plot, hyperprior_plot = viz_utils.init_gbas_anim_plot(350)
-    assert len(data_axes) == 6
-    assert fig.axes == [*data_axes, *axes]
-    assert len(axes) == 3
-    prior_plot.set_data([0, 1], [0.1, 0.05])
-    hyperprior_plot.set_data([0, 1], [0.1, 0.05])
-    assert prior_plot.axes is axes[0]
-    assert hyperprior_plot.axes is axes[1]
-    pixels(fig)
+def test_a_loss_can_be_seen_before_its_axis_is_set() -> None:
+    *_, loss_ax, _, _, _, loss_plot = viz_utils.init_anim_plot(20)
+    x = torch.zeros(500)
+    worst = bs.batch_shaping(x, bs.Beta(2, 6)), bs.batch_shaping(1 - x, bs.Beta(2, 6))
+    low, high = loss_ax.get_ylim()
+    assert low < 0 and max(worst) < high
+    assert loss_plot.get_clip_on()
+    loss_ax.set_ylim(-0.005, 0.1)
+    assert loss_ax.get_ylim() == (-0.005, 0.1)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+def test_the_room_around_the_values_can_be_chosen(eps: float) -> None:
+    _, data_ax, *_ = viz_utils.init_anim_plot(20, eps=eps)
+    _, data_axes, *_ = viz_utils.init_gbas_anim_plot(20, eps=eps)
+    for ax in (data_ax, *data_axes):
+        assert ax.get_xlim() == ax.get_ylim() == (-eps, 1 + eps)
 
 
 # What importing needs

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from batchshaping.gates import ChannelGate
@@ -33,6 +34,10 @@ class GatedBlock(nn.Module):
         block: a residual block of torchvision; its layers are shared, not copied.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits: the higher, the more channels are open at first.
+
+    Raises:
+        ValueError: if the block is of another class, has other layers than convolutions where it should have
+            those, or has something under the name of a gate already.
     """
 
     convolutions: ClassVar[Mapping[str, tuple[str | None, str | None]]]
@@ -47,18 +52,31 @@ class GatedBlock(nn.Module):
     gate1: ChannelGate
 
     def __init__(self, block: nn.Module, hidden: int = 16, bias: float = 0.0) -> None:
+        for ungated, gated in _gated_classes().items():
+            if isinstance(self, gated) and not isinstance(block, ungated):
+                raise ValueError(
+                    f"block must be a {ungated.__name__} of torchvision, received {_class_of(block)}"
+                )
         super().__init__()
         self.train(block.training)
         for name, layer in block.named_children():
             self.add_module(name, layer)
         self.downsample = getattr(block, "downsample", None)
-        in_channels = self.conv1.in_channels
         for convolution, (_, gate) in self.convolutions.items():
-            if gate is not None:
-                layer = self.get_submodule(convolution)
-                assert isinstance(layer, nn.Conv2d)
-                made = ChannelGate(in_channels, layer.out_channels, hidden, bias=bias)
-                self.add_module(gate, made.to(layer.weight).train(block.training))
+            layer = getattr(block, convolution)
+            if not isinstance(layer, nn.Conv2d):
+                raise ValueError(f"the block's {convolution} must be a Conv2d, received {_class_of(layer)}")
+            if gate is None:
+                continue
+            if hasattr(block, gate):
+                raise ValueError(
+                    f"the block must not have a {gate} yet, received {_class_of(block)} with one"
+                )
+            # Chance is that of the CPU, and in single precision, wherever the block is and whatever its type.
+            made = ChannelGate(
+                self.conv1.in_channels, layer.out_channels, hidden, bias, device="cpu", dtype=torch.float32
+            )
+            self.add_module(gate, made.to(layer.weight).train(block.training))
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The block's input, in the shape of its output."""
@@ -121,12 +139,13 @@ class GatedBottleneck(GatedBlock):
 def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Network:
     """Gate the inner channels of every residual block of a ResNet, in place.
 
-    All weights stay, under their names; the gates' are new. As long as all gates are open the outputs are the
-    same, to the bit. Gate before the optimizer is made, so that it knows the gates.
+    All weights stay, under their names; the gates' are new. Each block stays the object that it is, with its
+    hooks and whatever else it has, and becomes a gated one by its class. As long as all gates are open the
+    outputs are the same, to the bit. Gate before the optimizer is made, so that it knows the gates.
 
     Args:
         resnet: a torchvision ResNet, ResNeXt or Wide ResNet, or a module that holds one, such as its FCN and
-            DeepLab.
+            DeepLab; or a block of one.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits. 0 suits training from the start, where half of the channels
             are open at first; a trained network keeps more of what it knows with 2 or 3.
@@ -135,7 +154,9 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
         The same module.
 
     Raises:
-        ValueError: if it has no residual blocks of torchvision, or is gated already.
+        ValueError: if it has no residual blocks of torchvision, or one with another forward pass, such as a
+            subclass; if it is gated already; or if it is wrapped for many processes, which would not keep the
+            gates the same in all of them. Nothing is changed then.
 
     References:
         Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
@@ -151,31 +172,48 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
         ...         print(torch.equal(resnet(images), expected))
         True
     """
-    from torchvision.models.resnet import BasicBlock, Bottleneck
-
-    gated_by_type: dict[type[nn.Module], type[GatedBlock]] = {
-        BasicBlock: GatedBasicBlock,
-        Bottleneck: GatedBottleneck,
-    }
-    if any(isinstance(module, GatedBlock) for module in resnet.modules()):
-        raise ValueError(f"resnet must not be gated yet, received a gated {type(resnet).__name__}")
-    gated = {
-        block: gated_by_type[type(block)](block, hidden, bias)
-        for block in resnet.modules()
-        if type(block) in gated_by_type
-    }
+    gated = {}
+    for name, module in resnet.named_modules():
+        if isinstance(module, GatedBlock):
+            raise ValueError(f"resnet must not be gated yet, received a gated {type(resnet).__name__}")
+        wrapper = _SYNCHRONIZED & {parent.__name__ for parent in type(module).__mro__}
+        if wrapper:
+            raise ValueError(f"resnet must be gated before it is wrapped, received a {wrapper.pop()}")
+        for ungated, gated_class in _gated_classes().items():
+            if isinstance(module, ungated):
+                # A subclass, or a forward pass of the object's own: the gates would have no place in it.
+                if type(module) is not ungated or "forward" in vars(module):
+                    where = f"{name!r}, " if name else ""
+                    raise ValueError(
+                        f"resnet must hold blocks with torchvision's own forward pass, received {where}"
+                        f"{_class_of(module)} ({gated_class.__name__}(block) makes a gated one of its layers)"
+                    )
+                gated[module] = gated_class(module, hidden, bias)
     if not gated:
         raise ValueError(
             "resnet must hold residual blocks of torchvision (BasicBlock or Bottleneck), "
             f"received a {type(resnet).__name__} without any"
         )
-    if resnet in gated:
-        raise ValueError(
-            "resnet must hold residual blocks, received a block; GatedBasicBlock(block) gates one"
-        )
-    for parent in [*resnet.modules()]:
-        # Not named_children, which leaves out a block that is used a second time.
-        for name, child in [*parent._modules.items()]:
-            if child in gated:
-                setattr(parent, name, gated[child])
+    for block, made in gated.items():
+        block.__class__ = type(made)
+        for name, layer in made.named_children():
+            block.add_module(name, layer)
     return resnet
+
+
+_SYNCHRONIZED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+"""Classes of modules that keep weights the same across processes, those they were made with.
+
+By name, since importing them takes long.
+"""
+
+
+def _gated_classes() -> dict[type[nn.Module], type[GatedBlock]]:
+    """The gated block of each block of torchvision."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    return {BasicBlock: GatedBasicBlock, Bottleneck: GatedBottleneck}
+
+
+def _class_of(value: object) -> str:
+    return f"a {type(value).__module__}.{type(value).__qualname__}"

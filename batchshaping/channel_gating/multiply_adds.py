@@ -12,12 +12,12 @@ The gates' own layers count. Normalizations, activations, pooling and sums do no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from batchshaping.channel_gating.blocks import GatedBlock
@@ -34,8 +34,13 @@ class _Layer(NamedTuple):
     gate_of_input: int | None = None
     gate_of_output: int | None = None
 
+    @property
+    def is_switched(self) -> bool:
+        """Whether gates switch any of its channels."""
+        return self.gate_of_input is not None or self.gate_of_output is not None
+
     def of(self, gates: Sequence[Tensor]) -> Tensor:
-        """Multiply-adds of each example, of shape (N,)."""
+        """Multiply-adds of each example, of shape (N,), in a layer that is switched."""
         # Of each group, the share of pairs of an input and an output channel that are both open.
         shares: list[Tensor] = [
             _at_least_float32(gates[gate]).unflatten(1, (self.groups, -1)).mean(dim=2)
@@ -60,6 +65,10 @@ class MultiplyAdds:
         gates: multiply-adds of the gates' own layers.
         fixed: what an example costs with all gates closed, the gates' own layers included.
 
+    Raises:
+        ValueError: if there is no example; if the model was traced or exported, since its layers are not
+            called then; or if a gated block runs more than once, since a gate keeps its last decisions only.
+
     Example:
         >>> import batchshaping as bs
         >>> model = bs.gated_resnet20().eval()
@@ -75,29 +84,20 @@ class MultiplyAdds:
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         if len(x) == 0:
             raise ValueError(f"x must hold at least one example, received shape {tuple(x.shape)}")
-        by_layer: dict[str, _Layer] = {}
-        # A compiled model would not see that it is being counted.
-        with _counted(model, len(x), by_layer), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model(x)
-        gates = [name for name, module in model.named_modules() if isinstance(module, Gate)]
-        within_gates = {
-            name for name in by_layer if any(name == gate or name.startswith(f"{gate}.") for gate in gates)
+        _refuse_traced(model)
+        dense, passes = _run_once(model, x)
+        gates = [module for module in model.modules() if isinstance(module, Gate)]
+        switches = _switches(model, gates, passes)
+        names = {module: name for name, module in model.named_modules()}
+        self._layers = {
+            names[module]: _Layer(macs, getattr(module, "groups", 1), *switches.get(module, (None, None)))
+            for module, macs in dense.items()
         }
-        for block, module in model.named_modules():
-            if isinstance(module, GatedBlock):
-                for convolution, (of_input, of_output) in module.convolutions.items():
-                    name = _join(block, convolution)
-                    if name in by_layer:
-                        by_layer[name] = by_layer[name]._replace(
-                            gate_of_input=None if of_input is None else gates.index(_join(block, of_input)),
-                            gate_of_output=None
-                            if of_output is None
-                            else gates.index(_join(block, of_output)),
-                        )
-        self._layers = by_layer
-        self.dense = sum(layer.dense for name, layer in by_layer.items() if name not in within_gates)
-        self.gates = sum(by_layer[name].dense for name in within_gates)
-        self._switched = [layer for layer in by_layer.values() if layer[2:] != (None, None)]
+        self._switched = [layer for layer in self._layers.values() if layer.is_switched]
+        self._gates = [gate.decisions.shape[1] for gate in gates]
+        within_gates = {layer for gate in gates for layer in gate.modules()}
+        self.dense = sum(macs for module, macs in dense.items() if module not in within_gates)
+        self.gates = sum(macs for module, macs in dense.items() if module in within_gates)
         self.fixed = self.dense + self.gates - sum(layer.dense for layer in self._switched)
 
     def per_example(self, gates: Sequence[Tensor]) -> Tensor:
@@ -105,16 +105,19 @@ class MultiplyAdds:
 
         Args:
             gates: what the gates are, of shape (N, gates) a gate module, in the order of ``model.modules()``:
-                decisions as :func:`~batchshaping.gates.gate_decisions` gives them; or probabilities as
-                :func:`~batchshaping.gates.gate_probabilities` does, for the expectation over independent
-                gates, differentiable.
+                decisions as :func:`~batchshaping.gates.gate_decisions` gives them, for what was spent;
+                :func:`~batchshaping.gates.straight_through_decisions`, for the same with a gradient; or
+                probabilities, for the expectation over independent gates, differentiable.
 
         Returns:
             A tensor of shape (N,); of shape (1,) if the model has no gates.
+
+        Raises:
+            ValueError: if there are other gates than those of the model.
         """
-        fixed = torch.full((len(gates[0]) if gates else 1,), float(self.fixed))
-        switched = [layer.of(gates) for layer in self._switched]
-        return torch.stack([*switched, fixed.to(switched[0]) if switched else fixed]).sum(dim=0)
+        self._refuse_other_gates(gates)
+        fixed = _constant(self.fixed, gates)
+        return torch.stack([*(layer.of(gates) for layer in self._switched), fixed]).sum(dim=0)
 
     def per_layer(self, gates: Sequence[Tensor]) -> dict[str, Tensor]:
         """Multiply-adds of each example in each layer that has any, by the name of the layer.
@@ -124,14 +127,22 @@ class MultiplyAdds:
 
         Returns:
             Tensors of shape (N,) in the order in which the layers run.
+
+        Raises:
+            ValueError: if there are other gates than those of the model.
         """
-        examples = len(gates[0]) if gates else 1
+        self._refuse_other_gates(gates)
         return {
-            name: layer.of(gates)
-            if layer in self._switched and gates
-            else torch.full((examples,), float(layer.dense))
+            name: layer.of(gates) if layer.is_switched else _constant(layer.dense, gates)
             for name, layer in self._layers.items()
         }
+
+    def _refuse_other_gates(self, gates: Sequence[Tensor]) -> None:
+        shapes = [tuple(layer.shape) for layer in gates]
+        examples = shapes[0][:1] if shapes else ()
+        if shapes != [(*examples, number) for number in self._gates]:
+            expected = [f"(N, {number})" for number in self._gates]
+            raise ValueError(f"gates must have shapes [{', '.join(expected)}], received {shapes}")
 
 
 def count_macs(model: nn.Module, x: Tensor) -> Tensor:
@@ -149,7 +160,7 @@ def count_macs(model: nn.Module, x: Tensor) -> Tensor:
         A tensor of shape (N,): multiply-adds, the gates' own included.
 
     Raises:
-        ValueError: if there is no example.
+        ValueError: as :class:`MultiplyAdds` does.
 
     Example:
         >>> import batchshaping as bs
@@ -160,40 +171,85 @@ def count_macs(model: nn.Module, x: Tensor) -> Tensor:
     """
     cost = MultiplyAdds(model, x)
     gated = any(isinstance(module, Gate) for module in model.modules())
-    return cost.per_example(gate_decisions(model) if gated else []).expand(len(x))
+    return (
+        cost.per_example(gate_decisions(model)) if gated else cost.per_example([]).to(x.device).expand(len(x))
+    )
 
 
-@contextmanager
-def _counted(model: nn.Module, examples: int, by_layer: dict[str, _Layer]) -> Iterator[None]:
-    """Collect the multiply-adds of every layer that runs, in evaluation mode."""
-    handles = []
-    training = [module for module in model.modules() if module.training]
-    for name, module in model.named_modules():
+def _run_once(model: nn.Module, x: Tensor) -> tuple[dict[nn.Module, float], Counter[nn.Module]]:
+    """Run a model in evaluation mode: multiply-adds of each layer that ran, and how often each module did."""
+    dense: dict[nn.Module, float] = {}
+    passes: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        passes[module] += 1
         if isinstance(module, _ConvNd | nn.Linear):
+            # One value that is multiplied by weights meets those of one channel.
+            values = [*args, *kwargs.values()][0] if isinstance(module, _ConvTransposeNd) else output
+            macs = values.numel() / len(x) * module.weight[0].numel()
+            dense[module] = dense.get(module, 0.0) + macs
 
-            def count(
-                module: Any, args: Any, kwargs: dict[str, Any], output: Tensor, name: str = name
-            ) -> None:
-                # One value that is multiplied by weights meets those of one channel.
-                values = [*args, *kwargs.values()][0] if isinstance(module, _ConvTransposeNd) else output
-                macs = values.numel() / examples * module.weight[0].numel()
-                earlier = by_layer[name].dense if name in by_layer else 0.0
-                by_layer[name] = _Layer(earlier + macs, getattr(module, "groups", 1))
-
-            handles.append(module.register_forward_hook(count, with_kwargs=True))
+    training = [module for module in model.modules() if module.training]
+    handles = []
     try:
+        for module in model.modules():
+            if isinstance(module, _ConvNd | nn.Linear | Gate):
+                handles.append(module.register_forward_hook(count, with_kwargs=True))
         model.eval()
-        yield
+        # A compiled model would not see that it is being counted.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(x)
     finally:
         for module in training:
             module.training = True
         for handle in handles:
             handle.remove()
+    return dense, passes
+
+
+def _switches(
+    model: nn.Module, gates: list[Gate], passes: Counter[nn.Module]
+) -> dict[nn.Module, tuple[int | None, int | None]]:
+    """For each convolution of a gated block the numbers of the gates of its input and of its output."""
+    numbers: dict[nn.Module, int] = {gate: number for number, gate in enumerate(gates)}
+    switches: dict[nn.Module, tuple[int | None, int | None]] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, GatedBlock):
+            for convolution, names in block.convolutions.items():
+                layer = block.get_submodule(convolution)
+                switching = [None if gate is None else block.get_submodule(gate) for gate in names]
+                runs = max(passes[module] for module in (layer, *switching) if module is not None)
+                if runs > 1:
+                    raise ValueError(
+                        f"the layers of a gated block must run once in a forward pass, received {name!r}, "
+                        f"where {convolution} or its gate runs {runs} times"
+                    )
+                of_input, of_output = (None if gate is None else numbers[gate] for gate in switching)
+                switches[layer] = of_input, of_output
+    return switches
+
+
+def _refuse_traced(model: nn.Module) -> None:
+    """Layers of a traced model are not called, or have lost the block that knows their gates."""
+    for module in model.modules():
+        traced = isinstance(module, torch.jit.ScriptModule)
+        if isinstance(module, fx.GraphModule):
+            exported = any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+            traced = exported or any(isinstance(inner, Gate) for inner in module.modules())
+        if traced:
+            raise ValueError(
+                "multiply-adds are counted in a model before it is traced or exported, "
+                f"received a traced {type(module).__name__}"
+            )
+
+
+def _constant(macs: float, gates: Sequence[Tensor]) -> Tensor:
+    """Multiply-adds that are the same for all examples, of shape (N,), with the gates' type and device."""
+    if not gates:
+        return torch.full((1,), macs, dtype=torch.float32, device="cpu")
+    like = _at_least_float32(gates[0])
+    return torch.full((len(like),), macs, dtype=like.dtype, device=like.device)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -54,8 +54,14 @@ SECTIONS = {
 }
 """Headings of the settings, each by the first one that it stands above."""
 
-MAY_CHANGE = {"accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "workers"}
-"""Settings of the machine and the log, which may change when a run goes on."""
+MAY_CHANGE = {
+    *("accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "threads"),
+    "workers",
+}
+"""Settings of the machine and the log, which may change when a run goes on.
+
+With other devices or threads, sums are taken in another order and may be rounded differently.
+"""
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -131,7 +137,7 @@ class RunConfig(BaseModel):
     penalty_end: _Share = 0.6
     """Share of training after which the penalty has its weight."""
     penalized: Literal["multiply-adds", "open-gates"] = "multiply-adds"
-    """What is penalized: expected multiply-adds, or the mean probability of gates to be open (L0)."""
+    """What is penalized: the multiply-adds that were spent, or the share of gates that were open (L0)."""
     shaping: _NotNegative = 0.75
     """Weight of the batch-shaping loss at the start; 0 trains without it."""
     shaping_end: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -166,6 +172,8 @@ class RunConfig(BaseModel):
     """Devices, or processes on the CPU, of each node."""
     nodes: _Count = 1
     """Machines."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads of each process on the CPU; by default one for small layers, and more for large ones."""
     precision: Literal["32", "16-mixed", "bf16-mixed", "64"] = "32"
     """Precision of the computation."""
     sync_batch_norm: bool = False
@@ -191,7 +199,7 @@ class RunConfig(BaseModel):
         """From a command line: several numbers as 0.6,0.4."""
         return tuple(value.split(",")) if isinstance(value, str) else value
 
-    @field_validator("noise_end", "train_images", "data_folder", mode="before")
+    @field_validator("noise_end", "train_images", "data_folder", "threads", mode="before")
     @classmethod
     def _or_none(cls, value: object) -> object:
         """From a command line: none for what a file has and should not be."""

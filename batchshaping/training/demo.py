@@ -26,6 +26,7 @@ from batchshaping.training import run
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, load_data
 from batchshaping.training.module import make_network
+from batchshaping.training.threads import using_threads
 from batchshaping.viz_utils import COLORS, house_style, plot_density
 
 __all__ = ["PRIOR", "Outcome", "draw", "train"]
@@ -80,7 +81,8 @@ def train(*, shaped: bool, epochs: int = 40, seed: int = 0, progress: bool = Fal
         accelerator="cpu",
     )
     data = load_data(config)
-    with tempfile.TemporaryDirectory() as folder, _reproducible(seed):
+    # One thread sums in one order, and is fast for a network this small.
+    with tempfile.TemporaryDirectory() as folder, _own_chance(seed), using_threads(1):
         before = _probabilities(make_network(config, len(data.classes), data.shape[0]), data)
         result = run.train(config, Path(folder), progress=progress)
         network, _ = run.load_run(Path(folder))
@@ -95,16 +97,11 @@ def train(*, shaped: bool, epochs: int = 40, seed: int = 0, progress: bool = Fal
 
 
 @contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
-    """One stream of random numbers; and one thread, which sums in one order, and fast for a small net."""
-    threads = torch.get_num_threads()
+def _own_chance(seed: int) -> Iterator[None]:
+    """A stream of random numbers that starts from the seed; afterwards the caller's goes on."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 @torch.no_grad()

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from batchshaping.channel_gating.multiply_adds import MultiplyAdds
 from batchshaping.gates import Gate, GateCounts, gate_decisions, gate_probabilities
 from batchshaping.training.data import Data, batches
+from batchshaping.training.threads import suitable_threads, using_threads
 
 __all__ = ["BINS", "Evaluation", "evaluate"]
 
 BINS = 20
-"""Bins of the histograms of gate probabilities, of equal width over [0, 1]."""
+"""Bins of the histograms of gate probabilities (sigmoid of the logits), of equal width over [0, 1]."""
 
 
 class Evaluation:
@@ -98,7 +99,7 @@ class Evaluation:
                         "accuracy": correct,
                         "multiply_adds": macs,
                         "open": [
-                            [round(share, 4) for share in (layer[index] / examples).tolist()]
+                            [round(share, 4) for share in (layer[index].double() / examples).tolist()]
                             for layer in self.counts.open
                         ],
                     }
@@ -115,6 +116,7 @@ def evaluate(
     workers: int = 0,
     extremes: int = 12,
     device: torch.device | str = "cpu",
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a network on the test images.
 
@@ -125,6 +127,7 @@ def evaluate(
         workers: processes that load images.
         extremes: how many of the images with the least and with the most multiply-adds to show.
         device: where the network is.
+        threads: how many threads compute on the CPU; None takes as many as suit the network.
 
     Returns:
         The figures, in what JSON has: those of :meth:`Evaluation.summary`, and ``by_class``, ``cost`` (what
@@ -137,11 +140,12 @@ def evaluate(
     cost = MultiplyAdds(network, zeros)
     evaluation = Evaluation(network, cost, data.classes)
     predicted, spent = [], []
-    for images, labels in batches(data.test, batch, num_workers=workers):
-        logits = network(data.normalize(images.to(device)).to(dtype))
-        guesses, macs = evaluation.update(network, logits, labels.to(device))
-        predicted.append(guesses.cpu())
-        spent.append(macs.double().cpu())
+    with using_threads(threads or suitable_threads(network, cost.dense * batch, device)):
+        for images, labels in batches(data.test, batch, num_workers=workers):
+            logits = network(data.normalize(images.to(device)).to(dtype))
+            guesses, macs = evaluation.update(network, logits, labels.to(device))
+            predicted.append(guesses.cpu())
+            spent.append(macs.double().cpu())
     guesses, macs = torch.cat(predicted), torch.cat(spent)
     order = macs.argsort(stable=True)
     gated = bool(evaluation.names)

@@ -17,7 +17,13 @@ from batchshaping.batch_shaping_loss import batch_shaping
 from batchshaping.channel_gating.blocks import gate_resnet
 from batchshaping.channel_gating.multiply_adds import MultiplyAdds
 from batchshaping.channel_gating.resnets import SmallImageResNet
-from batchshaping.gates import Gate, gate_decisions, gate_probabilities, l0_penalty
+from batchshaping.gates import (
+    Gate,
+    gate_decisions,
+    gate_probabilities,
+    l0_penalty,
+    straight_through_decisions,
+)
 from batchshaping.priors import Beta
 from batchshaping.training.config import SMALL_IMAGE_NETWORKS, RunConfig
 from batchshaping.training.data import Batch, Data, Images, batches, shift_and_flip
@@ -131,27 +137,28 @@ class GatedClassifier(pl.LightningModule):
 
     def _gate_terms(self) -> dict[str, Tensor]:
         """What the objective adds to the cross-entropy."""
-        probabilities = gate_probabilities(self.network)
         gamma, lambda_ = self.gamma(self.progress), self.lambda_(self.progress)
         terms = {}
         if gamma > 0:
             shape = partial(batch_shaping, prior=self.prior, dim=0)
             if self.trainer.world_size > 1:
                 shape = partial(shape, group="world")
-            shaping = [shape(p) for p in probabilities]
+            shaping = [shape(p) for p in gate_probabilities(self.network)]
             terms["batch_shaping"] = gamma * torch.stack(shaping).sum()
         if lambda_ > 0:
-            cost = _COSTS[self.config.penalized](self, probabilities)
+            # What was spent, not what would be expected under the full noise: that would let the network end
+            # above its budget once the noise is gone.
+            cost = _COSTS[self.config.penalized](self, straight_through_decisions(self.network))
             # All ranks together are above the budget or not, as one process would be.
             above = self.trainer.strategy.reduce(cost.detach(), reduce_op="mean") - self.config.budget
             terms["penalty"] = lambda_ * (above > 0) * (cost - self.config.budget)
         return terms
 
-    def _multiply_adds(self, probabilities: list[Tensor]) -> Tensor:
-        return self.cost.per_example(probabilities).mean() / self.cost.dense
+    def _multiply_adds(self, gates: list[Tensor]) -> Tensor:
+        return self.cost.per_example(gates).mean() / self.cost.dense
 
-    def _open_gates(self, probabilities: list[Tensor]) -> Tensor:
-        return l0_penalty(probabilities)
+    def _open_gates(self, gates: list[Tensor]) -> Tensor:
+        return l0_penalty(gates)
 
     @torch.no_grad()
     def _spent(self) -> Tensor:
@@ -163,6 +170,7 @@ class GatedClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._refuse_divergence()
+        self.log("threads", float(torch.get_num_threads()), rank_zero_only=True)
 
     def _refuse_divergence(self) -> None:
         # Once an epoch, since reading a number makes a device wait.

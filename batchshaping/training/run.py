@@ -46,6 +46,7 @@ from batchshaping.training.config import MAY_CHANGE, RunConfig, read_whole_confi
 from batchshaping.training.data import Data, load_data
 from batchshaping.training.evaluation import evaluate
 from batchshaping.training.module import DataModule, GatedClassifier, make_network
+from batchshaping.training.threads import suitable_threads, using_threads
 
 __all__ = ["RunError", "evaluate_run", "load_run", "read_result", "resume", "train"]
 
@@ -117,7 +118,7 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
 
     Args:
         output: the folder of the run.
-        settings: replace those of the run, such as ``data_folder``.
+        settings: replace those of the run, such as ``data_folder`` or ``threads``.
 
     Returns:
         The figures of :func:`~batchshaping.training.evaluation.evaluate`.
@@ -126,7 +127,7 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
         RunError: if the folder holds no trained network.
         DataError: if the data is not what it should be.
     """
-    return evaluate(*load_run(output, **settings))
+    return evaluate(*load_run(output, **settings), threads=_config(output, **settings).threads)
 
 
 def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
@@ -305,7 +306,14 @@ def _fit(
 ) -> dict[str, Any]:
     started = time.monotonic()
     config = module.config
-    with _quiet(), _written_to(output), restored.into(trainer) if restored else nullcontext():
+    threads = config.threads or suitable_threads(
+        module.network,
+        module.cost.dense * config.batch_of_a_device,
+        trainer.strategy.root_device,
+        config.devices,
+    )
+    going_on = restored.into(trainer) if restored else nullcontext()
+    with _quiet(), _written_to(output), using_threads(threads), going_on:
         try:
             path = restored.path if restored else None
             trainer.fit(module, DataModule(config, module.data), ckpt_path=path)
@@ -326,9 +334,10 @@ def _fit(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "threads": threads,
         "classes": list(module.data.classes),
         "seconds": round(time.monotonic() - started, 1),
-        **evaluate(network, module.data, workers=config.workers, device=device),
+        **evaluate(network, module.data, workers=config.workers, device=device, threads=config.threads),
         "history": module.history,
     }
     with _written_to(output):

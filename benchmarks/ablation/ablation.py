@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
 
@@ -30,6 +29,7 @@ from batchshaping.files import replaced
 from batchshaping.report.page import report_html
 from batchshaping.training.config import RunConfig
 from batchshaping.training.run import read_result, train
+from batchshaping.training.threads import using_threads
 from batchshaping.viz_utils import house_style
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -74,12 +74,11 @@ def runs(quick: bool) -> Iterator[tuple[str, RunConfig]]:
 
 def finished(path: Path, config: RunConfig) -> bool:
     """Whether there is a result of this very configuration."""
-    return path.exists() and json.loads(path.read_text())["config"] == config.model_dump(mode="json")
+    return path.exists() and RunConfig(**json.loads(path.read_text())["config"]) == config
 
 
 def run(name: str, config: RunConfig, folder: Path) -> str:
     """Train, and keep what the report shows; the images only once."""
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         result = train(config, Path(scratch) / "run")
     if config.seed != SEEDS[0]:
@@ -222,9 +221,8 @@ def train_missing(wanted: dict[str, RunConfig], folder: Path) -> None:
     if not missing:
         return
     workers = min(len(missing), os.cpu_count() or 1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with using_threads(1), ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
         waiting = [pool.submit(run, name, config, folder) for name, config in missing.items()]
         for done, future in enumerate(as_completed(waiting), start=1):
             print(f"{done}/{len(missing)} {future.result()}", flush=True)
