@@ -459,6 +459,17 @@ def test_a_folder_that_holds_what_a_run_would_write_is_not_trained_into(name: st
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "result.json"])
+def test_a_link_to_nothing_is_no_file_that_is_not_there_yet(name: str, begun: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "disk that is not mounted")
+    before = content(run)
+    assert refused(resume, run).lower().startswith(f"{run / name}: no such file")
+    assert content(run) == before
+
+
 def test_a_run_that_was_killed_before_it_began_can_begin_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -68,7 +68,7 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=1, le=10**9)]
 # Far beyond what shapes a gate: at 1e5 and 1e5 the standard deviation is 0.001.
-_Concentration = Annotated[float, Field(gt=0, le=1e5)]
+_Concentration = Annotated[float, Field(gt=0, le=100_000)]
 
 
 class RunConfig(BaseModel):

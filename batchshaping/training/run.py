@@ -101,12 +101,13 @@ def resume(output: Path, *, progress: bool = False, **settings: Any) -> dict[str
     """
     config = _config(output, **settings)
     _refuse_changes(config, _config(output).model_dump(mode="json"), output)
-    if (output / RESULT).exists():
+    # A link to nothing is something that cannot be read, and not a run that has only begun.
+    if os.path.lexists(output / RESULT):
         result = read_result(output)
         _refuse_changes(config, result["config"], output)
         return result
     with _held(output):
-        restored = _Restored(output / CHECKPOINT) if (output / CHECKPOINT).exists() else None
+        restored = _Restored(output / CHECKPOINT) if os.path.lexists(output / CHECKPOINT) else None
         if restored is not None:
             _refuse_changes(config, restored.config, output)
         return _fit(_trainer(config, output, progress), _module(config), output, restored)
@@ -150,7 +151,9 @@ def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
     except FileNotFoundError:
         raise RunError(f"{path}: no such file; the run is not finished") from None
     except (RuntimeError, OSError, ValueError):
-        raise RunError(f"{path}: expected weights of the network in {CONFIG}, received others") from None
+        raise RunError(
+            f"{path}: expected the weights of the network in {CONFIG}, whole and unchanged, received others"
+        ) from None
     return network.eval(), data
 
 
@@ -176,11 +179,12 @@ def read_result(output: Path) -> dict[str, Any]:
         whole = isinstance(result, dict) and {"accuracy", "config", "cost", "history"} <= result.keys()
         if not (whole and isinstance(result["config"], dict)):
             raise ValueError
+        changed = result.pop(_CHECKSUM, None) not in (None, _checksum(result))
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError):
         raise RunError(f"{path}: expected the result of a run, received something else") from None
-    if result.pop(_CHECKSUM, None) not in (None, _checksum(result)):
+    if changed:
         raise RunError(f"{path}: expected the result that the run wrote, received another: it was changed")
     return result
 
