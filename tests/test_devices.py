@@ -165,7 +165,7 @@ def test_a_statistic_of_ones_own_is_used_with_its_state_eager_and_compiled(famil
             torch.testing.assert_close(gradients_of(function, z, parameter), expected)
 
 
-@each_weighed
+@pytest.mark.parametrize("family", [WeighedByGradients, WeighedByTerms])
 def test_objects_of_one_class_are_not_mixed_up_when_compiled(family: Any) -> None:
     torch._dynamo.reset()
     one = family(2.0)
@@ -243,8 +243,7 @@ OWNED: dict[str, Callable[[], td.Distribution]] = {
 }
 
 
-@pytest.mark.parametrize("history", [0, 2])
-@pytest.mark.parametrize("name", OWNED)
+@pytest.mark.parametrize(("name", "history"), [*((name, 0) for name in OWNED), ("learned Beta", 2)])
 def test_a_compiled_step_with_the_module_is_the_eager_one(name: str, history: int) -> None:
     torch._dynamo.reset()
     results = []
