@@ -46,7 +46,6 @@ __all__ = [
     "betaincinv",
     "fixed_beta_cdf",
     "get_beta_cdf_factory",
-    "log_beta",
     "to_front",
 ]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
-from batchshaping.beta_density import LARGEST_CONCENTRATION, SMALLEST_CONCENTRATION
+from batchshaping.beta_density import LARGEST_CONCENTRATION, SMALLEST_CONCENTRATION, log_beta
 from batchshaping.checks import extent, known_to_hold
 from batchshaping.derivatives import PreparedCDF, nearest_inside, stretched
 
@@ -128,7 +128,7 @@ class ClosedFormPrior(td.Distribution):
 
     @property
     def given(self) -> dict[str, Tensor | float]:
-        """What it was made with: the tensors, and the numbers."""
+        """The arguments that the prior was made with, as tensors and numbers."""
         return {n: self._tensors[n] if isinstance(v, Tensor) else v for n, v in self._given.items()}
 
     @property
@@ -347,7 +347,7 @@ class Beta(ClosedFormPrior, td.Beta):
     def log_prob(self, value: Tensor) -> Tensor:
         a, b = self.parameters
         powers = torch.special.xlogy(a - 1, value) + torch.special.xlog1py(b - 1, -value)
-        density: Tensor = powers - cdf_beta.log_beta(a, b)
+        density: Tensor = powers - log_beta(a, b)
         return density.to(value.dtype)
 
 

@@ -2,21 +2,20 @@
 
 The threads of a process share out each layer and wait for each other at its end. In a small layer they gain
 nothing, and where another process takes the core of one of them, all others wait for it, layer after layer.
-A step of training took, with one thread and with two on a machine of two cores:
+A step of training took, with one thread and with two on a machine of two cores, idle and beside two busy
+processes:
 
-====================================================  ============  =============  ==========================
-network, images in a step                             million       nothing else   beside two busy processes
-                                                      multiply-adds on the machine
-                                                      a layer
-====================================================  ============  =============  ==========================
-ResNet-8 of width 16, 64 of 8 x 8 pixels              3             17, 18 ms      36, 2084 ms
-ResNet-20 of width 16, 64 of 8 x 8                    4             43, 39 ms
-ResNet-8, 64 of 28 x 28, stem of stride 2             10            34, 25 ms
-ResNet-8, 64 of 28 x 28                               37            102, 64 ms
-ResNet-20, 64 of 32 x 32                              65            343, 228 ms    670, 1057 ms
-ResNet-8, 256 of 28 x 28                              150           454, 277 ms    877, 2424 ms
-ResNet-18, 16 of 224 x 224                            784           3317, 1821 ms
-====================================================  ============  =============  ==========================
+=========================================  =============================  =============  ==================
+network, images in a step                  million multiply-adds a layer  idle machine   two busy processes
+=========================================  =============================  =============  ==================
+ResNet-8 of width 16, 64 of 8 x 8 pixels   3                              17, 18 ms      36, 2084 ms
+ResNet-20 of width 16, 64 of 8 x 8         4                              43, 39 ms
+ResNet-8, 64 of 28 x 28, stem of stride 2  10                             34, 25 ms
+ResNet-8, 64 of 28 x 28                    37                             102, 64 ms
+ResNet-20, 64 of 32 x 32                   65                             343, 228 ms    670, 1057 ms
+ResNet-8, 256 of 28 x 28                   150                            454, 277 ms    877, 2424 ms
+ResNet-18, 16 of 224 x 224                 784                            3317, 1821 ms
+=========================================  =============================  =============  ==================
 
 From about 35 million multiply-adds a layer on, a second thread makes a step one and a half times as fast or
 faster.
