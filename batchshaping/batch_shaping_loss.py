@@ -369,6 +369,8 @@ def _has_cdf(prior: Distribution) -> bool:
 def _check_broadcast(
     prior: Distribution, arrays: torch.Size, shape: torch.Size, dim: int | Sequence[int] | None
 ) -> None:
+    if not prior.batch_shape or prior.batch_shape == arrays:
+        return  # what torch takes longer to find out
     try:
         matches = torch.broadcast_shapes(prior.batch_shape, arrays) == arrays
     except RuntimeError:
@@ -382,8 +384,8 @@ def _check_broadcast(
 
 def _canonical(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """The sample dimensions, counted from the front and in order."""
-    named: Iterable[Any] = () if dim is None else (dim,)
-    if isinstance(dim, Iterable) and not is_index(dim):
+    named: Sequence[Any] = () if dim is None else (dim,)
+    if not is_index(dim) and isinstance(dim, Iterable):
         named = tuple(dim)
     if not all(map(is_index, named)):
         raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")

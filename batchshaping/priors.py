@@ -101,8 +101,8 @@ class ClosedFormPrior(td.Distribution):
             whole = torch.promote_types(torch.get_default_dtype(), torch.float32)
             return value if value.is_floating_point() else value.to(whole)
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.fsum([value])  # unlike float, it takes no text
+        except (TypeError, ValueError, OverflowError):
             raise TypeError(
                 f"{type(self).__name__}: {name} must be a number or a tensor, received {_in_short(value)}"
             ) from None
@@ -122,6 +122,9 @@ class ClosedFormPrior(td.Distribution):
         if not self._checked:
             return
         for name, tensor in self._tensors.items():
+            number = self._given[name]
+            if not isinstance(number, Tensor) and self.ranges[name].lower < number < self.ranges[name].upper:
+                continue  # sooner than by its tensor
             wrong = self.ranges[name].outside(tensor)
             if wrong is not None:
                 raise _out_of_range(self, name, self.ranges[name].description, wrong, tensor)

@@ -413,7 +413,7 @@ def test_the_default_dtype_changes_no_function_of_numbers(
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("value", ["six", None, [0.6, 0.4], np.array([0.6, 0.4])], ids=repr)
+@pytest.mark.parametrize("value", ["0.6", None, [0.6, 0.4], np.array([0.6, 0.4])], ids=repr)
 def test_what_is_no_parameter_is_refused_by_name_in_one_line(value: object) -> None:
     with pytest.raises(TypeError, match=r"^Beta: b must be a number or a tensor, received .+$") as caught:
         bs.Beta(0.6, value)  # type: ignore[arg-type]
