@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import mpmath
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import batchshaping as bs
+from batchshaping import cdf_beta
 from batchshaping.cdf_beta import fixed_beta_cdf
 
 concentrations = st.floats(-2, 3).map(lambda exponent: 10.0**exponent)
@@ -571,3 +573,37 @@ def test_no_mode_around_the_first_call_changes_the_later_ones(first, single: boo
     torch.testing.assert_close(slope.double(), scipy(stats.beta.pdf, x, 2.25, 6.75), rtol=1e-5, atol=1e-6)
     bs.batch_shaping(leaf, prior, statistic="anderson_darling").backward()
     assert bool(leaf.grad.isfinite().all())
+
+
+LARGE = [(3000.0, 3000.0), (2600.0, 5.0), (1e5, 1e5), (1e5, 0.5), (0.01, 1000.0), (40.0, 9e4)]
+
+
+@pytest.mark.parametrize(("a", "b"), LARGE, ids=str)
+def test_quantiles_of_large_concentrations_are_found(a: float, b: float) -> None:
+    p = torch.tensor([1e-300, 1e-20, 1e-3, 0.25, 0.5, 0.75, 0.999, 1 - 1e-12], dtype=F64, requires_grad=True)
+    x = bs.betaincinv(a, b, p)
+    (slope,) = torch.autograd.grad(x.sum(), p)
+    found, slopes = x.detach().numpy(), slope.numpy()
+    assert (np.diff(found) >= 0).all()
+    inside = (found > 1e-290) & (found < 1)
+    assert inside[3:6].all() or a < 1
+    found, slopes, p = found[inside], slopes[inside], p.detach().numpy()[inside]
+    # What rounding x to double precision changes in the probability is no error of the search.
+    density = stats.beta.pdf(found, a, b)
+    assert (np.abs(stats.beta.cdf(found, a, b) - p) <= 1e-11 + density * np.spacing(found)).all()
+    np.testing.assert_allclose(slopes * density, 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e10, 1e15, 1e30, 1e299])
+def test_huge_concentrations_are_normal_and_take_no_more_than_others(size: float) -> None:
+    z = torch.tensor([-3.0, -1.0, 0.0, 0.5, 2.0], dtype=F64)
+    # A logit is as exact as x is not, beside so small a deviation.
+    logits = z * math.sqrt(2 / size)
+    a = torch.tensor(size, dtype=F64, requires_grad=True)
+    at = cdf_beta.BetaCDF(a.detach(), a.detach(), F64, gradients=True).at_logits(logits)
+    if size <= 1e15:  # beyond, the rounding of x shows
+        torch.testing.assert_close(at.cdf, torch.special.ndtr(z), rtol=0, atol=1e-6)
+    assert bool(((at.cdf >= 0) & (at.cdf <= 1)).all()) and abs(at.cdf[2] - 0.5) < 1e-12
+    loss = bs.batch_shaping(torch.rand(100, dtype=F64), bs.Beta(a, 2.0))
+    loss.backward()
+    assert bool(loss.isfinite()) and bool(a.grad.isfinite())
