@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
+from torch.distributions import Distribution, Transform, Uniform, constraints
 from torch.distributions.transforms import AffineTransform, PowerTransform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
@@ -161,7 +161,7 @@ def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | N
     for sign, end, first_end in zip((1, -1), ends, first_ends, strict=True):
         if not isinstance(end, Tensor) and abs(end) > finfo.max:
             continue  # no value comes near
-        knee = ((start - first_end) * (sign * _HELD_BACK)).clamp_min(finfo.smallest_normal**0.5)
+        knee = ((start - first_end) * (sign * _HELD_BACK)).clamp_min(finfo.smallest_normal)
         distance = (value - end) * sign
         near = distance < knee
         ratio = torch.where(near, distance / knee, 1.0).clamp_min(-1 / finfo.eps)
@@ -475,6 +475,9 @@ def _constructor_arguments(value: Distribution) -> dict[str, Any] | None:
 
 def _bounds_of(value: Distribution, name: str, names: Mapping[int, str]) -> _Bounds:
     """The range of an argument, where an end may be one of the tensors whose names are given by their id."""
+    if isinstance(value, Uniform):  # not every version of torch says that its ends bound each other
+        lower, upper = (names.get(id(end)) for end in (value.low, value.high))
+        return _Bounds(lower=lower or -math.inf) if name == "high" else _Bounds(upper=upper or math.inf)
     try:
         constraint = value.arg_constraints.get(name)
     except NotImplementedError:
