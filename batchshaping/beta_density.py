@@ -43,12 +43,16 @@ __all__ = [
     "valid_concentration",
 ]
 
-# Within these no intermediate result overflows or loses its digits.
-SMALLEST_CONCENTRATION, LARGEST_CONCENTRATION = 1e-300, 1e300
+SMALLEST_CONCENTRATION = 1e-300
+"""Above this, no intermediate result underflows or loses its digits."""
+
+LARGEST_CONCENTRATION = 1e300
+"""Below this, no intermediate result overflows or loses its digits."""
+
+SMALL = 1e-3
+"""Below this concentration, a tail is so close to 1 that its logarithm has a series of its own."""
 
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
-# Below, a tail is so close to 1 that its logarithm has a series of its own.
-SMALL = 1e-3
 # Log Gamma(1 + p) / p in powers of p.
 _LOG_GAMMA = (
     *(-0.5772156649015329, 0.8224670334241132, -0.40068563438653143),
