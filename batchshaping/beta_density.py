@@ -25,7 +25,6 @@ import functools
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,13 +93,26 @@ def valid_concentration(value: Tensor) -> Tensor:
 def log_beta(a: Tensor, b: Tensor) -> Tensor:
     """The logarithm of B(a, b), without the cancellation of three log-gammas at large a and b."""
     total = a + b
+    log_mean, log_far = _log_shares(a, b)
     return (
         0.5 * math.log(2 * math.pi)
         + (_stirling_remainder(a) + _stirling_remainder(b) - _stirling_remainder(total))
-        + (a - 0.5) * (a / total).log()
-        + (b - 0.5) * (b / total).log()
+        + (a - 0.5) * log_mean
+        + (b - 0.5) * log_far
         - 0.5 * total.log()
     )
+
+
+def _log_shares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of a / (a + b) and of b / (a + b)."""
+    larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
+    ratio = smaller / larger
+    log_larger = -torch.log1p(ratio)
+    is_normal = ratio > 1e-290
+    log_ratio = torch.where(is_normal, ratio, 1.0).log()
+    log_smaller = log_larger + torch.where(is_normal, log_ratio, smaller.log() - larger.log())
+    is_larger = a >= b
+    return torch.where(is_larger, log_larger, log_smaller), torch.where(is_larger, log_smaller, log_larger)
 
 
 def log1p_less(w: Tensor) -> Tensor:
@@ -133,19 +145,24 @@ class Mean(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> Mean:
         total = a + b
-        value, far, log_total = a / total, b / total, total.log()
-        log, log_far = a.log() - log_total, b.log() - log_total
-        remainder = _stirling_remainder(a) + _stirling_remainder(b) - _stirling_remainder(total)
-        log_scale = 0.5 * (a.log() + log_far - math.log(2 * math.pi)) - remainder
+        value, far = a / total, b / total
         with torch.no_grad():
             errors = [_division_error(p, q, ratio) for p, q, ratio in ((a, b, value), (b, a, far))]
-        return cls(value, errors[0], far, errors[1], log, log_far, log_scale)
+        return cls(value, errors[0], far, errors[1], *_log_shares(a, b), _log_scale(a, b))
 
     def deviations(self, x: Tensor, complement: Tensor) -> tuple[Tensor, Tensor]:
         """(x - mean) / mean and (mean - x) / (1 - mean), from whichever of x and 1 - x is the smaller."""
         left, right = (x - self.value) - self.value_error, (self.far - complement) + self.far_error
         offset = torch.where(self.value <= 0.5, left, right)
         return offset / self.value, offset / -self.far
+
+
+def _log_scale(a: Tensor, b: Tensor) -> Tensor:
+    total = a + b
+    # a b / (a + b), which neither overflows nor underflows.
+    size = torch.minimum(a, b) * (torch.maximum(a, b) / total)
+    remainder = _stirling_remainder(a) + _stirling_remainder(b) - _stirling_remainder(total)
+    return 0.5 * (size.log() - math.log(2 * math.pi)) - remainder
 
 
 def _division_error(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
@@ -171,23 +188,35 @@ def _split(value: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_density(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """The logarithm of the Beta density at x in [0, 1], differentiable in everything."""
-    mean = Mean.of(a, b)
-    u, v = mean.deviations(x, 1 - x)
-    inner = (u.abs() < 0.5) & (v.abs() < 0.5)
+    with torch.no_grad():
+        u, v = Mean.of(a, b).deviations(x, 1 - x)
+        inner = (u.abs() < 0.5) & (v.abs() < 0.5)
     # Neither branch of a choice may have an infinite derivative where the other is chosen.
-    u, v, inside = (torch.where(inner, t, safe) for t, safe in ((u, 0.0), (v, 0.0), (x, 0.5)))
-    near = a * log1p_less(u) + b * log1p_less(v) - inside.log() - torch.log1p(-inside)
-    outside = torch.where(inner, 0.5, x)
-    powers = torch.special.xlogy(a - 1, outside) + torch.special.xlog1py(b - 1, -outside)
-    return torch.where(inner, near, powers - a * mean.log - b * mean.log_far) + mean.log_scale
+    c, d, y = (torch.where(inner, t, safe) for t, safe in ((a, 1.0), (b, 1.0), (x, 0.5)))
+    u, v = Mean.of(c, d).deviations(y, 1 - y)
+    near = c * log1p_less(u) + d * log1p_less(v) - y.log() - torch.log1p(-y)
+    log_mean, log_far = _log_shares(a, b)
+    y = torch.where(inner, 0.5, x)
+    powers = torch.special.xlogy(a - 1, y) + torch.special.xlog1py(b - 1, -y)
+    return torch.where(inner, near, powers - a * log_mean - b * log_far) + _log_scale(a, b)
 
 
 @functools.cache
 def _rule() -> list[tuple[float, float]]:
     """Points and weights on (0, 1), the points squared, so that they crowd where the integrand starts."""
-    points, weights = np.polynomial.legendre.leggauss(_POINTS)
-    points = (points + 1) / 2
-    return list(zip((points**2).tolist(), (weights * points).tolist(), strict=True))
+    rule = []
+    for k in range(_POINTS):
+        # The roots of the Legendre polynomial by Newton's method, its values by their recurrence.
+        root = math.cos(math.pi * (k + 0.75) / (_POINTS + 0.5))
+        for _ in range(10):
+            value, previous = 1.0, 0.0
+            for n in range(_POINTS):
+                value, previous = ((2 * n + 1) * root * value - n * previous) / (n + 1), value
+            slope = _POINTS * (root * value - previous) / (root * root - 1)
+            root -= value / slope
+        point, weight = (root + 1) / 2, 2 / ((1 - root * root) * slope * slope)
+        rule.append((point * point, weight * point))
+    return rule
 
 
 def hazard(

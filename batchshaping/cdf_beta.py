@@ -62,7 +62,9 @@ _SHORT_FRACTION_LIMIT = 50.0
 _CHUNK = 2**14
 _TILE = 2**18
 _INVERSE_TILE = 2**15
-_INVERSE_STEPS = 12
+# Of 60,000 random parameters in [1e-12, 1e12] none took more than 4 steps, where it can be seen that all are
+# found; twice as many are made where it cannot.
+_INVERSE_STEPS, _UNSEEN_INVERSE_STEPS = 60, 8
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -111,7 +113,7 @@ class _Fraction:
         steps: int,
         gradients: bool,
         working: torch.dtype,
-        centre: Tensor | float = 0.0,
+        centre: Tensor | None = None,
         unit: Tensor | float = 1.0,
     ) -> None:
         n = torch.arange(steps, dtype=p.dtype, device=p.device).reshape(-1, *[1] * p.ndim)
@@ -124,7 +126,7 @@ class _Fraction:
         weight = (n + 1) / odd.square()
         first = n / even
         slope = first * falling - product / odd
-        self.constant = (p + 2 * n + slope * centre).to(working)
+        self.constant = (p + 2 * n if centre is None else p + 2 * n + slope * centre).to(working)
         self.slope = slope.to(working)
         self.factor = (product * weight * next_falling).to(working)
         self._method: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self._fold_many
@@ -282,7 +284,7 @@ class _ByFraction:
         self.peak = (a * log_centre * (not self.large_a) + b * log_far * (not self.large_b)).to(working)
         precise = dtype == torch.float64
         steps = [_steps(p, precise, gradients) for p in largest]
-        centres = (centre.double(), 1 - centre.double()) if self.centred else (0.0, 0.0)
+        centres = (centre.double(), 1 - centre.double()) if self.centred else (None, None)
         self.left = _Fraction(a, b, steps[0], gradients, working, centres[0])
         self.right = _Fraction(b, a, steps[1], gradients, working, centres[1])
         if gradients:
@@ -369,6 +371,7 @@ class _AtAnySize:
         self.scale = self.log_scale.exp()
         size = a + b + 2
         self.split, self.far_split = (a + 1) / size, (b + 1) / size
+        self.split_deviation = (b - a) / size / a
         self.unit = 1 / size
         short = [p.clamp_max(_SHORT_FRACTION_LIMIT) for p in (a, b)]
         steps = _steps(_SHORT_FRACTION_LIMIT, precise=True, gradients=gradients)
@@ -399,8 +402,10 @@ class _AtAnySize:
 
     def rate(self, point: _Point) -> _Rate:
         x, complement = point.x, point.complement
-        # Next to 1 only the complement tells.
+        # Next to 1 only the complement tells, and next to the mean only the deviation from it.
         is_right = torch.where(self.split > 0.5, complement < self.far_split, x > self.split)
+        u, _ = point.deviations
+        is_right = torch.where(u.abs() < 0.5, u > self.split_deviation, is_right)
         left_y = torch.minimum(x, self.split) / self.unit
         right_y = torch.minimum(complement, self.far_split) / self.unit
         left, right = self.left(left_y, left_y), self.right(right_y, right_y)
@@ -808,7 +813,7 @@ def _invert(a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         cdf = fixed_beta_cdf(float(a.detach()), float(b.detach()), torch.float64, tails=True)
         parts = [_quantile(cdf, a.reshape(()), b.reshape(()), y) for y in p.reshape(-1).split(_INVERSE_TILE)]
     else:
-        operands = torch.broadcast_tensors(a, b, p)
+        operands = torch.broadcast_tensors(*(t.to(p.device, non_blocking=True) for t in (a, b)), p)
         chunks = (t.reshape(-1).split(_CHUNK if p.is_cpu else max(t.numel(), 1)) for t in operands)
         parts = [
             _quantile(BetaCDF(c, d, torch.float64, tails=True), c, d, y)
@@ -821,54 +826,85 @@ def _invert(a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 def _start(first: Tensor, second: Tensor, tail: Tensor) -> Tensor:
     """A logit near that of the quantile of a lower tail of Beta(first, second), at most 1/2.
 
-    Where both parameters are above 1, by the Normal approximation (Abramowitz and Stegun 26.5.22); otherwise,
-    and as a bound, by the power law that the CDF follows next to 0.
+    If both parameters are above 1, by the Normal approximation (Abramowitz and Stegun 26.5.22); if the first
+    only is, by that of -log x as a Gamma variable; otherwise, and as a bound, by the power laws at the ends.
     """
-    power = (tail.log() + first.log() + log_beta(first, second)) / first
-    # The power law in x; a logit is at least log x, and at most that of the split.
+    log_tail = tail.log()
+    log_whole = log_beta(first, second)
+    power, log_rest = (log_tail + first.log() + log_whole) / first, torch.log1p(-tail)
+    # Log(second B) / second at small second, where the logarithm has no digits left.
+    limit = (
+        torch.log1p(second / first) / second - torch.digamma(first + 1) + torch.digamma(torch.ones_like(tail))
+    )
+    far_power = torch.where(
+        second < SMALL, log_rest / second + limit, (log_rest + second.log() + log_whole) / second
+    ).clamp_max(-math.log(2))
     split = (first + 1).log() - (second + 1).log()
-    power = torch.minimum(torch.where(power < -1e-3, power - torch.log(-torch.expm1(power)), split), split)
-    both = (first > 1) & (second > 1)
-    inverse_first, inverse_second = (0.5 / (torch.where(both, t, 2.0) - 0.5) for t in (first, second))
+    power = torch.where(power < -1e-3, _logit_of_exp(power), split)
+    # Right of the split, 1 - x has a power law if there is no peak.
+    beyond = torch.where(first <= 1, torch.maximum(split, -_logit_of_exp(far_power)), split)
+    power = torch.where(power < split, power, beyond)
+    # The Gamma variable is large, or a power of its own lower tail.
+    shape = second.clamp_max(1.0)
+    log_gamma = torch.lgamma(shape + 1)
+    excess = log_gamma - shape.log() + log_tail
+    large = (-excess).clamp_min(1.0)
+    large = (large + (shape - 1) * large.log()).clamp_min(1.0)
+    log_variable = torch.where(excess < -1, large.log(), (torch.log1p(-tail) + log_gamma) / shape)
+    gamma = _logit_of_exp(
+        -(log_variable - (first + (second - 1) / 2).log()).exp(), log_variable - first.log()
+    )
+    # Concentrations less 1/2 are harmonically averaged; where one is below 1, nobody looks at the result.
+    inverse_first, inverse_second = (0.5 / (t.clamp_min(1.0) - 0.5) for t in (first, second))
     deviate = -torch.special.ndtri(tail)
-    shape, mean = (deviate.square() - 3) / 6, 2 / (inverse_first + inverse_second)
-    spread = deviate * (shape + mean).sqrt() / mean
-    skew = (inverse_second - inverse_first) * (shape + 5 / 6 - 2 / (3 * mean))
-    normal = first.log() - second.log() - 2 * (spread - skew)
-    return torch.where(both, torch.maximum(normal, power), power)
+    third, mean = (deviate.square() - 3) / 6, 2 / (inverse_first + inverse_second)
+    spread = deviate * (third + mean).clamp_min(0.0).sqrt() / mean
+    skew = (inverse_second - inverse_first) * (third + 5 / 6 - 2 / (3 * mean))
+    normal = torch.maximum(first.log() - second.log() - 2 * (spread - skew), power)
+    return torch.where(first <= 1, power, torch.where(second <= 1, gamma, normal))
+
+
+def _logit_of_exp(log_x: Tensor, log_of_minus: Tensor | None = None) -> Tensor:
+    """Logit(x) from log x, and where that underflows from log(-log x)."""
+    logit = log_x - torch.log(-torch.expm1(log_x))
+    return logit if log_of_minus is None else torch.where(log_x > -1e-300, -log_of_minus, logit)
 
 
 def _quantile(cdf: BetaCDF, a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Halley's method on the logarithm of the smaller tail as a function of logit(x), kept in a bracket.
+    """An iteration of third order on the logarithm of the smaller tail in logit(x), kept in a bracket.
 
-    There it is concave, so that Newton's step never passes the root from outside, and its derivatives are at
-    hand. The last step, in x itself, takes out the rounding of the logit. What has not been found is NaN.
+    That logarithm L is negative and concave, with its first two derivatives at hand. A step goes to the root
+    of the power of a line that has them too, which is L itself where L is like a power of x, the square of a
+    Normal tail or the exponential of an extreme value. The last step, in x itself, takes out the rounding of
+    the logit. What has not been found is NaN.
     """
     a, b = a.double(), b.double()
     valid = (p >= 0) & (p <= 1) & valid_concentration(a) & valid_concentration(b)
-    lower, is_end = p <= 0.5, (p == 0) | (p == 1)
+    is_end = (p == 0) | (p == 1)
     # 0 and 1 have infinite logits; something else is looked for there.
-    tail = torch.where(is_end | ~valid, 0.25, torch.where(lower, p, 1 - p))
-    target, sign = tail.log(), torch.where(lower, 1.0, -1.0).to(p)
-    first, second = torch.where(lower, a, b), torch.where(lower, b, a)
-    logits = sign * _start(first, second, tail)
+    sought = torch.where(is_end | ~valid, 0.25, p)
+    targets = sought.log(), torch.log1p(-sought)
+    is_lower = sought <= 0.5
+    first, second = torch.where(is_lower, a, b), torch.where(is_lower, b, a)
+    start = _start(first, second, torch.where(is_lower, sought, 1 - sought))
+    logits = torch.where(is_lower, start, -start)
     least, greatest = torch.full_like(logits, -torch.inf), torch.full_like(logits, torch.inf)
-    found = torch.zeros_like(lower)
-    for _ in range(_INVERSE_STEPS):
-        at = cdf.logs_at_logits(logits)
-        excess = torch.where(lower, at.log_cdf, at.log_sf) - target
-        slope = torch.where(lower, at.cdf_by_x, at.sf_by_x)
-        is_left = excess * sign < 0
-        least = torch.where(is_left, torch.maximum(least, logits), least)
-        greatest = torch.where(is_left, greatest, torch.minimum(greatest, logits))
-        # The logarithm of the density has the derivative a (1 - x) - b x.
-        bend = a * torch.sigmoid(-logits) - b * torch.sigmoid(logits) - slope
-        newton = excess / slope
-        step = newton / (1 - newton * bend / 2).clamp(0.5, 2.0)
-        rounding = 4 * _EPS * logits.abs()
+    found = torch.zeros_like(is_end)
+    for _ in range(_INVERSE_STEPS if p.is_cpu else _UNSEEN_INVERSE_STEPS):
+        on_left, log_tail, slope, target = _smaller_tail(cdf.logs_at_logits(logits), *targets)
+        excess = log_tail - target
+        too_low = (excess < 0) == on_left
+        least = torch.where(too_low, torch.maximum(least, logits), least)
+        greatest = torch.where(too_low, greatest, torch.minimum(greatest, logits))
+        # The logarithm of the logit's density has the derivative a (1 - x) - b x.
+        bend = (a * torch.sigmoid(-logits) - b * torch.sigmoid(logits)) / slope - 1
+        # So far out that rounding hides the bend, only a Normal tail is this steep.
+        power = torch.where(log_tail < -1e10, 0.5, (1 - log_tail * bend).clamp(1e-6, 1.0))
+        step = -log_tail / slope * torch.expm1(power * torch.log(target / log_tail)) / power
+        rounding = 4 * _EPS * logits.abs().clamp_min(1.0)
         close = (excess.abs() < 1e-4) | (step.abs() <= rounding) | (greatest - least <= rounding)
         moved, middle = logits - step, (least + greatest) / 2
-        astray = ((moved <= least) | (moved >= greatest) | ~moved.isfinite()) & ~close & middle.isfinite()
+        astray = ~((moved > least) & (moved < greatest)) & ~close & middle.isfinite()
         # One step more triples the digits of what is close; then it is left alone.
         logits = torch.where(found, logits, torch.where(astray, middle, moved))
         found = found | close
@@ -876,14 +912,18 @@ def _quantile(cdf: BetaCDF, a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Te
             break
     # The sigmoid underflows before its logarithm does.
     x = torch.where(logits < -40, logits.exp(), torch.sigmoid(logits))
-    at = cdf.logs(x)
-    excess = torch.where(lower, at.log_cdf, at.log_sf) - target
-    step = excess / torch.where(lower, at.cdf_by_x, at.sf_by_x) * x * (1 - x)
-    inside = (x > 0) & (x < 1)
-    x = torch.where(inside & (step.abs() < 1e-3 * torch.minimum(x, 1 - x)), x - step, x)
-    x, logits = (torch.where(found, t, torch.nan) for t in (x, logits))
-    x = torch.where(is_end, p, x)
-    return torch.where(valid, x, torch.nan), torch.where(valid & ~is_end, logits, torch.nan)
+    _, log_tail, slope, target = _smaller_tail(cdf.logs(x), *targets)
+    step = (log_tail - target) / slope * x * (1 - x)
+    x = torch.where((x > 0) & (x < 1) & (step.abs() < 1e-3 * torch.minimum(x, 1 - x)), x - step, x)
+    x, logits = (torch.where(found & valid, t, torch.nan) for t in (x, logits))
+    return torch.where(is_end & valid, p, x), torch.where(is_end, torch.nan, logits)
+
+
+def _smaller_tail(at: LogCDFDerivatives, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, ...]:
+    """Whether the lower is, its logarithm, the derivative of that, and what the logarithm should be."""
+    on_left = at.log_cdf < at.log_sf
+    pairs = ((at.log_cdf, at.log_sf), (at.cdf_by_x, at.sf_by_x), (log_p, log_q))
+    return on_left, *(torch.where(on_left, lower, upper) for lower, upper in pairs)
 
 
 class _QuantileSlopes(torch.autograd.Function):
@@ -973,7 +1013,7 @@ def betaincinv(a: Tensor | float, b: Tensor | float, p: Tensor | float) -> Tenso
         >>> betaincinv(2.0, 6.0, torch.tensor([0.1, 0.5, 0.9]))
         tensor([0.0788, 0.2285, 0.4526])
     """
-    operands = torch.broadcast_tensors(*_operands(a=a, b=b, p=p))
+    operands = _operands(a=a, b=b, p=p)
     result: Tensor = _BetaIncInv.apply(*operands)[0]
     return result
 

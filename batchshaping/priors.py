@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchshaping import cdf_beta, cdf_normal, cdf_relaxedbernoulli
-from batchshaping.beta_density import LARGEST_CONCENTRATION, SMALLEST_CONCENTRATION, log_beta
+from batchshaping.beta_density import LARGEST_CONCENTRATION, SMALLEST_CONCENTRATION, log_density
 from batchshaping.checks import extent, known_to_hold
 from batchshaping.derivatives import PreparedCDF, nearest_inside, stretched
 
@@ -348,10 +348,8 @@ class Beta(ClosedFormPrior, td.Beta):
         return cdf_beta.betaincinv(a, b, p).to(p.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        a, b = self.parameters
-        powers = torch.special.xlogy(a - 1, value) + torch.special.xlog1py(b - 1, -value)
-        density: Tensor = powers - log_beta(a, b)
-        return density.to(value.dtype)
+        a, b, x = (t.double() for t in (*self.parameters, value))
+        return log_density(a, b, x).to(value.dtype)
 
 
 class SymBeta(Beta):

@@ -557,7 +557,7 @@ class _OnTheLine(Distribution):
 
     @staticmethod
     def _log_smallest(is_empty: Tensor, dtype: torch.dtype) -> Tensor:
-        return is_empty * math.log(torch.finfo(dtype).smallest_normal)
+        return is_empty.to(dtype) * math.log(torch.finfo(dtype).smallest_normal)
 
 
 def _unvalidated(prior: Distribution) -> Distribution:

@@ -49,6 +49,41 @@ def regularized_beta_slopes(a: float, b: float, x: float) -> tuple[mpmath.mpf, m
         )
 
 
+def log_tails_of_beta(a: Any, b: Any, x: Any, complement: Any = None) -> tuple[mpmath.mpf, mpmath.mpf]:
+    """Log I_x(a, b) and log(1 - I_x(a, b)), each good to 20 digits of itself, for parameters of any size.
+
+    The tail on whose side of the mean x is, is integrated over the logit, in which the density has one peak:
+    from x outwards it falls. ``complement`` is 1 - x where x is too close to 1 to tell.
+    """
+    size = max(float(a), float(b), 1.0) / min(float(a), float(b), 1.0)
+    with mpmath.workdps(int(40 + mpmath.log10(size))):
+        a, b, x = mpmath.mpf(a), mpmath.mpf(b), mpmath.mpf(x)
+        complement = 1 - x if complement is None else mpmath.mpf(complement)
+        if x * b > complement * a:
+            return log_tails_of_beta(b, a, complement, x)[::-1]
+
+        def relative_density(distance: mpmath.mpf) -> mpmath.mpf:
+            return mpmath.exp(-a * distance - (a + b) * mpmath.log1p(x * mpmath.expm1(-distance)))
+
+        width = mpmath.mpf(1)
+        while relative_density(width) < mpmath.mpf(10) ** -25:
+            width /= 4
+        while relative_density(width) > mpmath.mpf(10) ** -35:
+            width *= mpmath.mpf(1.5)
+        parts = [mpmath.mpf(0), *(width / 4**k for k in (3, 2, 1, 0))]
+        log_beta = mpmath.loggamma(a) + mpmath.loggamma(b) - mpmath.loggamma(a + b)
+        power = a * mpmath.log(x) + b * mpmath.log(complement) - log_beta
+        near = mpmath.log(mpmath.quad(relative_density, parts)) + power
+        return near, mpmath.log1p(-mpmath.exp(near)) if near < -1 else mpmath.log(-mpmath.expm1(near))
+
+
+def tails_of_beta(a: Any, b: Any, x: Any, complement: Any = None) -> tuple[mpmath.mpf, mpmath.mpf]:
+    """I_x(a, b) and 1 - I_x(a, b), each good to 20 digits of itself."""
+    with mpmath.workdps(DIGITS):
+        lower, upper = log_tails_of_beta(a, b, x, complement)
+        return mpmath.exp(lower), mpmath.exp(upper)
+
+
 def log_tails(name: str, parameters: tuple[float, ...], x: Any, complement: Any = None) -> tuple[Any, Any]:
     """Log CDF and log survival function, each good to 40 digits of itself, however far in its tail x is.
 

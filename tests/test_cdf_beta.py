@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import mpmath
 import numpy as np
@@ -11,14 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import regularized_beta, regularized_beta_slopes, scipy
+from oracles import log_tails_of_beta, regularized_beta, regularized_beta_slopes, scipy, tails_of_beta
 from scipy import special, stats
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import batchshaping as bs
 from batchshaping import cdf_beta
-from batchshaping.cdf_beta import fixed_beta_cdf
+from batchshaping.cdf_beta import BetaCDF, fixed_beta_cdf
 
 concentrations = st.floats(-2, 3).map(lambda exponent: 10.0**exponent)
 probabilities = st.floats(0, 1)
@@ -573,6 +574,308 @@ def test_no_mode_around_the_first_call_changes_the_later_ones(first, single: boo
     torch.testing.assert_close(slope.double(), scipy(stats.beta.pdf, x, 2.25, 6.75), rtol=1e-5, atol=1e-6)
     bs.batch_shaping(leaf, prior, statistic="anderson_darling").backward()
     assert bool(leaf.grad.isfinite().all())
+
+
+# Parameters of any size
+
+SIZES = [
+    (3000.0, 3000.0),
+    (1e5, 1e5),
+    (1e5, 3e3),
+    (1e5, 0.5),
+    (0.01, 1e5),
+    (1e5, 1e-3),
+    (1e8, 3e8),
+    (1e15, 0.5),
+    (1e15, 1e15),
+    (1e30, 1e30),
+    (1e-12, 40.0),
+]
+
+
+def around_the_mean(a: float, b: float) -> list[float]:
+    """Numbers within some standard deviations of the mean, and in both tails."""
+    mean, spread = a / (a + b), (a / (a + b) * (b / (a + b)) / (a + b + 1)) ** 0.5
+    x = [*(mean + k * spread for k in (-30, -2, 0.5, 5)), mean * 1e-30, np.nextafter(1, 0)]
+    return [float(y) for y in x if 0 < y < 1]
+
+
+@pytest.mark.parametrize(("a", "b"), SIZES)
+def test_at_any_size_of_the_parameters_it_equals_mpmath(a: float, b: float) -> None:
+    for p, q in ((a, b), (b, a)):
+        x = tensor(*around_the_mean(p, q))
+        prior = bs.Beta(p, q)
+        columns = (
+            t.tolist() for t in (x, prior.cdf(x), prior.log_cdf(x), prior.log_sf(x), prior.log_prob(x))
+        )
+        for y, value, *logs, log_density in zip(*columns, strict=True):
+            expected = log_tails_of_beta(p, q, y)
+            assert abs(value - mpmath.exp(expected[0])) < 1e-13, y
+            for log, tail in zip(logs, expected, strict=True):
+                # A tail that is all but 1 has a logarithm below the smallest number.
+                assert abs(log - tail) <= 1e-11 * abs(tail) + 1e-299, y
+            with mpmath.workdps(100):
+                c, d = mpmath.mpf(p), mpmath.mpf(q)
+                log_beta = mpmath.loggamma(c) + mpmath.loggamma(d) - mpmath.loggamma(c + d)
+                power = (c - 1) * mpmath.log(y) + (d - 1) * mpmath.log1p(-mpmath.mpf(y)) - log_beta
+            assert abs(log_density - power) <= 1e-12 * (1 + abs(power)), y
+
+
+def test_at_the_largest_and_the_smallest_parameters_it_is_its_limit() -> None:
+    # A Gamma variable over b, here of shape 1/2; a power; two atoms; and one.
+    y = tensor(0.01, 0.5, 2.0, 50.0)
+    error, complement = scipy(special.erf, y.sqrt()), scipy(special.erfc, y.sqrt())
+    torch.testing.assert_close(bs.betainc(0.5, 1e299, y / 1e299), error, rtol=1e-12, atol=0)
+    torch.testing.assert_close(bs.Beta(0.5, 1e299).log_sf(y / 1e299), complement.log(), rtol=1e-12, atol=0)
+    at = BetaCDF(*tensor(1e299, 0.5), F64, tails=True).logs_at_logits(math.log(1e299) - y.log())
+    torch.testing.assert_close(at.log_cdf, complement.log(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(at.log_sf, error.log(), rtol=1e-10, atol=1e-12)
+    x = tensor(1e-300, 1e-10, 0.5, 0.9)
+    torch.testing.assert_close(bs.Beta(1e-299, 1.0).log_cdf(x), 1e-299 * x.log(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        bs.Beta(1e-299, 1.0).log_sf(x), math.log(1e-299) + (-x.log()).log(), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(bs.betainc(3e-299, 1e-299, x), torch.full_like(x, 0.25), rtol=1e-12, atol=0)
+    around = tensor(0.3, np.nextafter(0.5, 0), 0.5, np.nextafter(0.5, 1), 0.7)
+    torch.testing.assert_close(bs.betainc(1e299, 1e299, around), tensor(0.0, 0.0, 0.5, 1.0, 1.0))
+    for a, b in (
+        (0.5, 1e299),
+        (1e299, 0.5),
+        (1e-299, 1.0),
+        (3e-299, 1e-299),
+        (1e299, 1e299),
+        (1e299, 1e-299),
+    ):
+        operands = [tensor(a).requires_grad_(), tensor(b).requires_grad_(), around.clone().requires_grad_()]
+        for function in (bs.betainc, bs.betaincinv, lambda a, b, x: bs.Beta(a, b).log_prob(x)):
+            result = function(*operands)
+            for found in (result, *torch.autograd.grad(result.sum(), operands)):
+                assert bool(found.isfinite().all()), (a, b, function)
+
+
+def slopes_of_tails(a: float, b: float, x: float) -> tuple[mpmath.mpf, mpmath.mpf]:
+    """The derivatives of I_x(a, b) in a and b by central differences at many digits."""
+    with mpmath.workdps(60):
+        a, b = mpmath.mpf(a), mpmath.mpf(b)
+        # Far below what the tails notice of a parameter.
+        h, k = (p * mpmath.mpf(10) ** -7 / mpmath.sqrt(1 + p) for p in (a, b))
+        return (
+            (tails_of_beta(a + h, b, x)[0] - tails_of_beta(a - h, b, x)[0]) / (2 * h),
+            (tails_of_beta(a, b + k, x)[0] - tails_of_beta(a, b - k, x)[0]) / (2 * k),
+        )
+
+
+@pytest.mark.parametrize(("a", "b"), [s for s in SIZES if max(s) < 1e20])
+def test_the_derivatives_at_any_size_of_the_parameters_equal_mpmath(a: float, b: float) -> None:
+    x = [y for y in around_the_mean(a, b) if 1e-12 < bs.betainc(a, b, tensor(y)).item() < 1 - 1e-12][:2]
+    operands = [torch.full((len(x),), p, dtype=F64, requires_grad=True) for p in (a, b)]
+    by_a, by_b = torch.autograd.grad(bs.betainc(*operands, tensor(*x)).sum(), operands)
+    for y, d_a, d_b in zip(x, by_a.tolist(), by_b.tolist(), strict=True):
+        expected_a, expected_b = slopes_of_tails(a, b, y)
+        # What a relative change of a parameter does.
+        assert abs(a * (d_a - expected_a)) < 1e-9 * (1 + abs(a * expected_a)), y
+        assert abs(b * (d_b - expected_b)) < 1e-9 * (1 + abs(b * expected_b)), y
+
+
+@pytest.fixture
+def _unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All parameters take the path of those that cannot be read, as on a device."""
+    fixed_beta_cdf.cache_clear()
+    monkeypatch.setattr(cdf_beta, "_FRACTION_LIMIT", 0.0)
+    yield
+    fixed_beta_cdf.cache_clear()
+
+
+@pytest.mark.usefixtures("_unread")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-7)])
+def test_parameters_that_are_not_read_give_the_same(dtype: torch.dtype, tolerance: float) -> None:
+    a, b, x = (torch.as_tensor(v).to(dtype) for v in points(5000, seed=12))
+    expected = scipy(special.betainc, a, b, x)
+    assert (bs.betainc(a, b, x).double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.usefixtures("_unread")
+def test_derivatives_in_parameters_that_are_not_read_equal_mpmath() -> None:
+    a, b, x = (torch.as_tensor(v).requires_grad_() for v in inner_points(30, seed=13))
+    by_a, by_b, by_x = torch.autograd.grad(bs.betainc(a, b, x).sum(), (a, b, x))
+    torch.testing.assert_close(by_x, scipy(stats.beta.pdf, x, a, b), rtol=1e-10, atol=1e-14)
+    for p, q, y, d_a, d_b in zip(*(t.tolist() for t in (a, b, x, by_a, by_b)), strict=True):
+        expected_a, expected_b = regularized_beta_slopes(p, q, y)
+        assert abs(d_a - expected_a) < 1e-12 and abs(d_b - expected_b) < 1e-12
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_work_is_bounded_whatever_the_parameters(gradients: bool) -> None:
+    """Steps of a fraction and points of a rule are all that there is to repeat."""
+    for size in (1e3, 1e6, 1e15, 1e30, 1e300):
+        a = torch.full((3,), size, dtype=F64)
+        for p, q in ((a, a), (a, 1 / a), (1 / a, a)):
+            cdf = BetaCDF(p, q, F64, gradients=gradients)
+            tables = [t for side in (cdf._tails.left, cdf._tails.right) for t in vars(side).values()]
+            assert sum(t.numel() for t in tables if isinstance(t, Tensor)) < 6000
+
+
+@pytest.mark.parametrize("wrong", [1.1e300, 1e-301, 5e-324, 1.7e308, torch.inf])
+def test_parameters_beyond_what_is_computed_give_nan_and_touch_no_neighbour(wrong: float) -> None:
+    for a, b in ((tensor(wrong, 800.0), 2.0), (2.0, tensor(wrong, 800.0))):
+        expected = scipy(special.betainc, a, b, 0.5)
+        found = bs.betainc(a, b, tensor(0.5))
+        assert found.isnan().tolist() == [True, False]
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-13)
+        assert bs.betaincinv(a, b, tensor(0.5)).isnan().tolist() == [True, False]
+
+
+def test_nan_among_the_parameters_leaves_large_ones_as_they_are() -> None:
+    a = tensor(torch.nan, 800.0)
+    torch.testing.assert_close(bs.betainc(a, 800.0, tensor(0.49))[1], scipy(special.betainc, 800, 800, 0.49))
+
+
+# Next to the ends
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (0.05, 3.0), (5.0, 2.0), (1e4, 0.3)])
+def test_the_density_of_denormal_values_is_that_of_the_formula(
+    a: float, b: float, dtype: torch.dtype
+) -> None:
+    finfo = torch.finfo(dtype)
+    x = torch.tensor([1.0, 3.0, 1e4, 1e6], dtype=dtype) * (finfo.smallest_normal * finfo.eps)
+    x = torch.cat([x, torch.zeros(1, dtype=dtype)]).requires_grad_()
+    (density,) = torch.autograd.grad(bs.betainc(a, b, x).sum(), x)
+    exact = x[:-1].detach().double()
+    # Relative to the smallest number, powers stay within range.
+    expected = ((a - 1) * exact.log() - special.betaln(a, b)).clamp(max=math.log(finfo.max)).exp()
+    torch.testing.assert_close(density[:-1].double(), expected, rtol=1e-5, atol=finfo.smallest_normal)
+    assert density[-1] == 0
+
+
+@pytest.mark.parametrize(("a", "b"), [(1e-4, 3.0), (1e-9, 0.2), (1e-12, 700.0), (1e-6, 1e6)])
+def test_the_logarithms_of_tails_that_are_all_but_1_have_relative_precision(a: float, b: float) -> None:
+    logits = tensor(-600.0, -3.0, 0.5, 20.0)
+    at = BetaCDF(*tensor(a, b), F64, gradients=True, tails=True).logs_at_logits(logits)
+    for k, z in enumerate(logits.tolist()):
+        with mpmath.workdps(700):
+            x = 1 / (1 + mpmath.exp(-mpmath.mpf(z)))
+            complement = 1 / (1 + mpmath.exp(mpmath.mpf(z)))
+        expected = log_tails_of_beta(a, b, x, complement)
+        for found, log in ((at.log_cdf[k], expected[0]), (at.log_sf[k], expected[1])):
+            assert abs(found.item() - log) <= 1e-12 * abs(log) + 1e-299, z
+        # The derivative of log(1 - F) in b, of which the part of the larger tail is tiny.
+        with mpmath.workdps(50):
+            step = mpmath.mpf(b) * mpmath.mpf(10) ** -8
+            moved = [log_tails_of_beta(a, b + s * step, x, complement)[1] for s in (1, -1)]
+            slope = (moved[0] - moved[1]) / (2 * step)
+        assert abs(b * (at.parameters[1][1][k].item() - slope)) <= 1e-8 * (1e-6 + abs(b * slope)), z
+
+
+# The inverse at any size
+
+
+@pytest.mark.parametrize(("a", "b"), [s for s in SIZES if max(s) < 1e20])
+def test_the_inverse_at_any_size_of_the_parameters_is_found(a: float, b: float) -> None:
+    probabilities_ = (5e-324, 0.25, 1 - 2**-53)
+    for p, q in ((a, b), (b, a)):
+        x = bs.betaincinv(p, q, tensor(*probabilities_))
+        for probability, y in zip(probabilities_, x.tolist(), strict=True):
+            lower, upper = tails_of_beta(p, q, y) if 0 < y < 1 else (y, 1 - y)
+            # The probability lies between those of the neighbours, or within the precision of the CDF.
+            below, above = (tails_of_beta(p, q, v)[0] for v in (np.nextafter(y, 0), np.nextafter(y, 1)))
+            precise = abs(lower - probability) <= 1e-12 * min(lower, upper)
+            assert precise or below <= probability <= above, (p, q, probability, y)
+
+
+def test_the_inverse_is_found_for_any_parameters() -> None:
+    rng = np.random.default_rng(14)
+    a, b = 10 ** rng.uniform(-3, 6, (2, 20_000))
+    p = np.where(rng.uniform(size=20_000) < 0.5, rng.uniform(size=20_000), 10 ** rng.uniform(-323, 0, 20_000))
+    p = np.where(rng.uniform(size=20_000) < 0.2, 1 - np.minimum(p, 1), p)
+    a, b, p = (torch.as_tensor(v) for v in (a, b, p))
+    x = bs.betaincinv(a, b, p)
+    assert not x.isnan().any()
+    # As far as x tells: within the probabilities of the floats two steps aside.
+    around = [torch.as_tensor(x.numpy() + k * 2 * np.spacing(x.numpy())).clamp(0, 1) for k in (-1, 1)]
+    below, above = (bs.betainc(a, b, y) for y in around)
+    assert bool((below <= p + 1e-12 * p).all()) and bool((p - 1e-12 * p <= above + 1e-16).all())
+
+
+@pytest.mark.parametrize(("a", "b"), [(3000.0, 3000.0), (1e5, 0.5), (0.01, 1e3), (1e-3, 1e-3), (1e5, 1e5)])
+def test_the_slopes_of_the_inverse_equal_mpmath(a: float, b: float) -> None:
+    probabilities_ = tensor(1e-200, 1e-3, 0.25, 0.75, 1 - 1e-3).requires_grad_()
+    operands = [torch.full((5,), v, dtype=F64, requires_grad=True) for v in (a, b)]
+    x = bs.betaincinv(*operands, probabilities_)
+    by_a, by_b, by_p = torch.autograd.grad(x.sum(), (*operands, probabilities_))
+    for k, y in enumerate(x.tolist()):
+        if not 1e-280 < y < 1 - 1e-6:
+            continue
+        density = special.betaln(a, b)
+        with mpmath.workdps(50):
+            power = (a - 1) * mpmath.log(y) + (b - 1) * mpmath.log1p(-mpmath.mpf(y))
+            power -= mpmath.loggamma(a) + mpmath.loggamma(b) - mpmath.loggamma(mpmath.mpf(a) + b)
+            density = mpmath.exp(power)
+        expected = [-slope / density for slope in slopes_of_tails(a, b, y)]
+        assert abs(by_p[k].item() * density - 1) < 1e-9, k
+        for found, slope in zip((by_a[k].item(), by_b[k].item()), expected, strict=True):
+            assert abs(found - slope) <= 1e-7 * abs(slope), k
+
+
+def test_a_quantile_that_has_rounded_to_an_end_keeps_its_slope() -> None:
+    # x = p^(1 / a) is exact for b = 1, as is 1 - x = (1 - p)^(1 / b) for a = 1.
+    p = tensor(1e-3, 0.25, 0.5).requires_grad_()
+    x = bs.betaincinv(1.0, 0.01, p)
+    assert x[2] == 1
+    (slope,) = torch.autograd.grad(x.sum(), p)
+    torch.testing.assert_close(slope, 100 * (1 - p.detach()) ** 99, rtol=1e-12, atol=0)
+    below = bs.betaincinv(1e-3, 1.0, p)
+    assert below.tolist()[0] == 0
+    (slope,) = torch.autograd.grad(below.sum(), p)
+    torch.testing.assert_close(slope, 1e3 * p.detach() ** 999, rtol=1e-9, atol=1e-300)
+
+
+def test_the_quantiles_of_0_and_1_move_with_nothing() -> None:
+    operands = [t.requires_grad_() for t in (tensor(0.5, 0.5), tensor(2.0, 2.0), tensor(0.0, 1.0))]
+    for gradient in torch.autograd.grad(bs.betaincinv(*operands).sum(), operands):
+        assert gradient.tolist() == [0.0, 0.0]
+
+
+def test_gradgradcheck_of_the_inverse_in_p() -> None:
+    p = tensor(0.3, 0.2, 0.6).requires_grad_()
+    assert gradgradcheck(lambda q: bs.betaincinv(tensor(0.6, 2.0, 30.0), tensor(0.4, 6.0, 70.0), q), [p])
+
+
+# A hostile reader
+
+
+def test_random_calls_from_end_to_end_have_no_wrong_number() -> None:
+    """Values and logits, both dtypes, parameters and values of all sizes; mpmath arbitrates."""
+    rng = np.random.default_rng(15)
+    for _ in range(40):
+        a, b = 10 ** rng.uniform(-3, 6, 2)
+        mean, spread = a / (a + b), (a * b / (a + b + 1)) ** 0.5 / (a + b)
+        x = rng.choice([mean + spread * rng.normal() * 3, 10 ** rng.uniform(-323, 0), rng.uniform()])
+        single = bool(rng.integers(2))
+        dtype, tolerance = (torch.float32, 5e-7) if single else (torch.float64, 1e-12)
+        value = torch.tensor(float(np.clip(x, 0, 1)), dtype=dtype)
+        prior = bs.Beta(a, b)
+        if not 0 < value.item() < 1:
+            continue
+        smallest = torch.finfo(dtype).smallest_normal
+        log_lower, log_upper = log_tails_of_beta(a, b, value.item())
+        assert abs(prior.cdf(value).item() - mpmath.exp(log_lower)) < tolerance, (a, b, value)
+        for log, expected in ((prior.log_cdf(value), log_lower), (prior.log_sf(value), log_upper)):
+            assert abs(log.item() - expected) <= 10 * tolerance * abs(expected) + smallest, (a, b, value)
+        logit = torch.tensor(float(np.log(mean / (1 - mean)) + rng.normal() * 3), dtype=dtype)
+        with mpmath.workdps(60):
+            x, complement = (1 / (1 + mpmath.exp(s * mpmath.mpf(logit.item()))) for s in (-1, 1))
+        log_lower, log_upper = log_tails_of_beta(a, b, x, complement)
+        at = prior.prepare(prior.parameters, dtype, tails=True).logs_at_logits(logit)
+        # A rounding of the logit is no error of the function.
+        rounding = 4 * torch.finfo(F64).eps * abs(logit.item())
+        for log, slope, expected in (
+            (at.log_cdf, at.cdf_by_x, log_lower),
+            (at.log_sf, at.sf_by_x, log_upper),
+        ):
+            allowed = 10 * tolerance * abs(expected) + abs(slope.item()) * rounding + smallest
+            assert abs(log.item() - expected) <= allowed, (a, b, logit)
 
 
 LARGE = [(3000.0, 3000.0), (2600.0, 5.0), (1e5, 1e5), (1e5, 0.5), (0.01, 1000.0), (40.0, 9e4)]

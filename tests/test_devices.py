@@ -308,7 +308,8 @@ def results():
     found += [ranks(order_statistics(tied.T).values, 64, ties=True)]
     found += [get_beta_cdf_factory(False, False, 2.0, 6.0).apply(x), get_normal_cdf(x, 0.2, 0.7)]
     found += [get_relaxed_bernoulli_cdf(x, 0.2, 0.7), get_relaxed_bernoulli_pdf(x, 0.2, 0.7)]
-    found += [gbas_loss(x, prior, 0.6, 0.4, dim=1) for prior in Prior]
+    found += [gbas_loss(x, Prior.SYMBETA, 0.6, dim=1)]
+    found += [gbas_loss(x, prior, 0.6, 0.4, dim=1) for prior in Prior if prior != Prior.SYMBETA]
     priors = [bs.Beta(0.6, 0.4), bs.SymBeta(0.3), bs.RelaxedBernoulli(0.3, 0.7), bs.Normal(0.123, 0.4)]
     priors += [bs.Beta(learned, 0.4)]
     for prior in priors:
