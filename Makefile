@@ -19,7 +19,7 @@ demo: $(env) ## Train a small gated network on handwritten digits, with and with
 	$(VENV)/bin/batchshaping demo
 
 figures: $(env) ## Repeat the published runs: print their losses, draw them into outputs/
-	$(run) batchshaping.published outputs
+	$(run) batchshaping.experiments.published outputs
 
 # The tests come last, since their last line says what could not be checked.
 test: lint types docs notebooks ## Run every check

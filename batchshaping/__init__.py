@@ -7,8 +7,9 @@ Example:
     >>> loss.backward()
 """
 
-from batchshaping.batch_shaping_loss import BatchShapingLoss, GeneralizedBatchShapingLoss, batch_shaping
-from batchshaping.cdf_beta import betainc, betaincinv
+from batchshaping import _moved as _moved
+from batchshaping.cdfs.betainc import betainc
+from batchshaping.cdfs.betaincinv import betaincinv
 from batchshaping.channel_gating.blocks import gate_resnet
 from batchshaping.channel_gating.multiply_adds import count_macs
 from batchshaping.channel_gating.resnets import (
@@ -30,8 +31,11 @@ from batchshaping.gates import (
     l0_penalty,
     straight_through_decisions,
 )
-from batchshaping.priors import Beta, Normal, RelaxedBernoulli, SymBeta
-from batchshaping.sliced import SlicedBatchShapingLoss
+from batchshaping.losses.functional import batch_shaping
+from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
+from batchshaping.losses.modules import BatchShapingLoss
+from batchshaping.losses.sliced import SlicedBatchShapingLoss
+from batchshaping.priors.families import Beta, Normal, RelaxedBernoulli, SymBeta
 
 __version__ = "0.1.0"
 

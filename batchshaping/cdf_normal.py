@@ -1,54 +1,12 @@
-"""The cumulative distribution function of the Normal distribution, with its derivatives."""
+"""The CDF of the Normal distribution under its published name."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from batchshaping.derivatives import CDFDerivatives, LogCDFDerivatives, PreparedCDF
+from batchshaping.cdfs.normal import NormalCDF, normal_cdf
 
 __all__ = ["NormalCDF", "get_normal_cdf"]
-
-
-class NormalCDF(PreparedCDF):
-    """The CDF and its derivatives as a function of x, without a graph; mean, std and x broadcast.
-
-    Args:
-        mean: mean of the distribution.
-        std: standard deviation, positive.
-        gradients: whether to return the derivatives in the mean and the deviation as well.
-    """
-
-    def __init__(self, mean: Tensor, std: Tensor, *, gradients: bool = False) -> None:
-        self.mean, self.gradients = mean, gradients
-        self.inverse = math.sqrt(0.5) / std
-        self.height = self.inverse / math.sqrt(math.pi)
-
-    def __call__(self, x: Tensor) -> CDFDerivatives:
-        z = (x - self.mean).mul_(self.inverse)
-        cdf = torch.erfc(-z).mul_(0.5)
-        pdf = (z * z).neg_().exp_().mul_(self.height)
-        if not self.gradients:
-            return CDFDerivatives(cdf, pdf)
-        # An infinite z has density 0, and its product with z is 0 as well.
-        return CDFDerivatives(cdf, pdf, (-pdf, z.clamp_(-1e6, 1e6).mul_(pdf).mul_(-math.sqrt(2.0))))
-
-    def logs(self, x: Tensor) -> LogCDFDerivatives:
-        z = (x - self.mean).mul_(self.inverse)
-        standard = z * math.sqrt(2.0)
-        # The density over the CDF, which is 1 / erfcx(-z) up to a factor, and over the survival function.
-        slope = 2 * self.height
-        cdf_by_x = slope / torch.special.erfcx(-z)
-        sf_by_x = -slope / torch.special.erfcx(z)
-        parameters: tuple[tuple[Tensor, Tensor], ...] = ()
-        if self.gradients:
-            scaled = z.mul_(math.sqrt(2.0))
-            parameters = ((-cdf_by_x, -sf_by_x), (-cdf_by_x * scaled, -sf_by_x * scaled))
-        return LogCDFDerivatives(
-            torch.special.log_ndtr(standard), torch.special.log_ndtr(-standard), cdf_by_x, sf_by_x, parameters
-        )
 
 
 def get_normal_cdf(x_in: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
@@ -66,7 +24,8 @@ def get_normal_cdf(x_in: Tensor, mean: Tensor | float, std: Tensor | float) -> T
         A tensor of the broadcast shape with values in [0, 1], relatively exact in the lower tail.
 
     Example:
+        >>> import torch
         >>> get_normal_cdf(torch.tensor([0.5, 0.6, 0.7]), 0.6, 0.1)
         tensor([0.1587, 0.5000, 0.8413])
     """
-    return 0.5 * torch.erfc((x_in - mean) / std * -math.sqrt(0.5))
+    return normal_cdf(x_in, mean, std)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import batchshaping as bs
-from batchshaping.files import created, quoted, replaced
-from batchshaping.priors import ClosedFormPrior
+from batchshaping.priors.closed_form import ClosedFormPrior
 from batchshaping.statistics import STATISTICS
-from batchshaping.values import read_values, write_values
+from batchshaping.storage.files import created, quoted, replaced
+from batchshaping.storage.values import read_values, write_values
 
 _EXTRA_OF = {
     "jinja2": "vision",
@@ -250,9 +250,9 @@ def fit(
         if not (number > 0 and math.isfinite(number)):
             _fail(f"{name} must be positive and finite, received {number:g}")
     with _extras():
-        from batchshaping.fit import fit as shape_values
-        from batchshaping.fit import published_start
-        from batchshaping.viz_utils import animate_fit, plot_fit
+        from batchshaping.experiments.fit import fit as shape_values
+        from batchshaping.experiments.fit import published_start
+        from batchshaping.figures.fits import animate_fit, plot_fit
     start = published_start(init, seed=seed) if values is None else _start(values)
     loss = partial(bs.batch_shaping, prior=target, statistic=chosen)
     try:
@@ -319,7 +319,7 @@ def demo(
     Takes about a minute, and no connection to a network.
     """
     with _extras():
-        from batchshaping.training.demo import draw, train
+        from batchshaping.experiments.demo import draw, train
     _prepare(output, ["gates.png"], force=True)
 
     with _extras():

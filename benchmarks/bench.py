@@ -315,7 +315,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     """The losses in sorts, and the growth with the number of samples."""
     from matplotlib.figure import Figure
 
-    from batchshaping.viz_utils import COLORS, house_style
+    from batchshaping.figures.style import COLORS, house_style
 
     colors = [COLORS["empirical"], COLORS["loss"]]
     with house_style():

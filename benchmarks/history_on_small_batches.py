@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import batchshaping as bs
-from batchshaping.viz_utils import COLORS, house_style
+from batchshaping.figures.style import COLORS, house_style
 
 EXAMPLES, FEATURES, HIDDEN, GATES = 8192, 32, 16, 64
 STEPS, LEARNING_RATE = 2000, 3e-3

@@ -29,15 +29,15 @@ from torch.distributions import Distribution
 
 import batchshaping as bs
 from batchshaping.batch_shaping_loss import gbas_loss
-from batchshaping.fit import published_start
-from batchshaping.published import (
+from batchshaping.experiments.fit import published_start
+from batchshaping.experiments.published import (
     PUBLISHED_GENERALIZED_RUN,
     PUBLISHED_RUNS,
     PublishedGeneralizedLoss,
     PublishedRun,
 )
+from batchshaping.figures.style import house_style
 from batchshaping.utils import warmup_factory
-from batchshaping.viz_utils import house_style
 
 Objective = Callable[[Tensor], Tensor]
 

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import batchshaping as bs
-from batchshaping.statistics import STATISTICS, CramerVonMises, Statistic
+from batchshaping.statistics import STATISTICS
+from batchshaping.statistics.cramer_von_mises import CramerVonMises
+from batchshaping.statistics.statistic import Statistic
 
 F64 = torch.float64
 BETA = FAMILIES["Beta"]

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import batchshaping as bs
-from batchshaping import cdf_beta
-from batchshaping.cdf_beta import BetaCDF, fixed_beta_cdf
+from batchshaping.cdfs import beta
+from batchshaping.cdfs.beta import BetaCDF, fixed_beta_cdf
 
 concentrations = st.floats(-2, 3).map(lambda exponent: 10.0**exponent)
 probabilities = st.floats(0, 1)
@@ -681,7 +681,7 @@ def test_the_derivatives_at_any_size_of_the_parameters_equal_mpmath(a: float, b:
 def _unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All parameters take the path of those that cannot be read, as on a device."""
     fixed_beta_cdf.cache_clear()
-    monkeypatch.setattr(cdf_beta, "_FRACTION_LIMIT", 0.0)
+    monkeypatch.setattr(beta, "_FRACTION_LIMIT", 0.0)
     yield
     fixed_beta_cdf.cache_clear()
 
@@ -903,7 +903,7 @@ def test_huge_concentrations_are_normal_and_take_no_more_than_others(size: float
     # A logit is as exact as x is not, beside so small a deviation.
     logits = z * math.sqrt(2 / size)
     a = torch.tensor(size, dtype=F64, requires_grad=True)
-    at = cdf_beta.BetaCDF(a.detach(), a.detach(), F64, gradients=True).at_logits(logits)
+    at = BetaCDF(a.detach(), a.detach(), F64, gradients=True).at_logits(logits)
     if size <= 1e15:  # beyond, the rounding of x shows
         torch.testing.assert_close(at.cdf, torch.special.ndtr(z), rtol=0, atol=1e-6)
     assert bool(((at.cdf >= 0) & (at.cdf <= 1)).all()) and abs(at.cdf[2] - 0.5) < 1e-12

@@ -10,7 +10,8 @@ from oracles import scipy
 from scipy import stats
 from torch.autograd import gradcheck
 
-from batchshaping.cdf_normal import NormalCDF, get_normal_cdf
+from batchshaping.cdf_normal import get_normal_cdf
+from batchshaping.cdfs.normal import NormalCDF
 
 F64 = torch.float64
 

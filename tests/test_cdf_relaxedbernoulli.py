@@ -14,11 +14,8 @@ from torch.autograd import gradcheck
 from torch.distributions import RelaxedBernoulli
 
 import batchshaping as bs
-from batchshaping.cdf_relaxedbernoulli import (
-    RelaxedBernoulliCDF,
-    get_relaxed_bernoulli_cdf,
-    get_relaxed_bernoulli_pdf,
-)
+from batchshaping.cdf_relaxedbernoulli import get_relaxed_bernoulli_cdf, get_relaxed_bernoulli_pdf
+from batchshaping.cdfs.relaxed_bernoulli import RelaxedBernoulliCDF
 
 F64 = torch.float64
 means = st.floats(0.01, 0.99)

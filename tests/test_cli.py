@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import batchshaping as bs
 from batchshaping.cli import app, main
-from batchshaping.fit import fit, published_start
-from batchshaping.priors import ClosedFormPrior
+from batchshaping.experiments.fit import fit, published_start
+from batchshaping.priors.closed_form import ClosedFormPrior
 
 BETA = ("--prior", "beta", "--a", "2", "--b", "6")
 QUICK = ("--steps", "3", "--no-animation")
@@ -367,7 +367,7 @@ def test_debug_changes_nothing_where_nothing_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("missing", "importer", "command", "extra"),
     [
-        ("matplotlib", "batchshaping.viz_utils", ["fit", *BETA], "viz"),
+        ("matplotlib", "batchshaping.figures", ["fit", *BETA], "viz"),
         ("sklearn.datasets", "batchshaping.training.demo", ["demo"], "vision"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchshaping.files import quoted
+from batchshaping.storage.files import quoted
 from batchshaping.training.config import (
     DATASETS,
     IMAGENET_NETWORKS,

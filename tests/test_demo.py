@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from batchshaping.training.demo import Outcome, draw, train
+from batchshaping.experiments.demo import Outcome, draw, train
 
 
 @pytest.fixture(scope="module")

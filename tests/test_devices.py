@@ -20,15 +20,11 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 import batchshaping as bs
-from batchshaping.statistics import (
-    STATISTICS,
-    AndersonDarling,
-    ClosedFormStatistic,
-    CramerVonMises,
-    EppsPulley,
-    Statistic,
-    Terms,
-)
+from batchshaping.statistics import STATISTICS
+from batchshaping.statistics.anderson_darling import AndersonDarling
+from batchshaping.statistics.cramer_von_mises import CramerVonMises
+from batchshaping.statistics.epps_pulley import EppsPulley
+from batchshaping.statistics.statistic import ClosedFormStatistic, Statistic, Terms
 
 CASES = [
     (statistic, prior)
@@ -297,8 +293,9 @@ foreign = td.Laplace(torch.tensor(0.2), torch.tensor(0.7))
 modules = []
 
 def results():
-    from batchshaping.ranking import order_statistics, ranks
-    from batchshaping.statistics import STATISTICS, EppsPulley
+    from batchshaping.statistics.order import order_statistics, ranks
+    from batchshaping.statistics import STATISTICS
+    from batchshaping.statistics.epps_pulley import EppsPulley
     from batchshaping.batch_shaping_loss import Prior, gbas_loss
     from batchshaping.cdf_beta import get_beta_cdf_factory
     from batchshaping.cdf_normal import get_normal_cdf

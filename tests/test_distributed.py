@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 import batchshaping as bs
 from batchshaping import distributed
-from batchshaping.memory import Memory
-from batchshaping.sliced import SlicedBatchShapingLoss
-from batchshaping.statistics import STATISTICS, Statistic
+from batchshaping.losses.history import Memory
+from batchshaping.losses.sliced import SlicedBatchShapingLoss
+from batchshaping.statistics import STATISTICS
+from batchshaping.statistics.statistic import Statistic
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from batchshaping.files import created, only_writer, quoted, replaced
+from batchshaping.storage.files import created, only_writer, quoted, replaced
 
 WRITERS = pytest.mark.parametrize("write", [replaced, created])
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import batchshaping as bs
-from batchshaping.fit import fit, fit_generalized, published_start
+from batchshaping.experiments.fit import fit, fit_generalized, published_start
 
 PRIORS = [
     bs.Beta(2, 6),

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 import batchshaping as bs
-from batchshaping.memory import Memory
+from batchshaping.losses.history import Memory
 
 MEAN, DEVIATION = 0.5, 0.2
 

@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from batchshaping.published import PUBLISHED_GENERALIZED_RUN, PUBLISHED_RUNS
+from batchshaping.experiments.published import PUBLISHED_GENERALIZED_RUN, PUBLISHED_RUNS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("*.ipynb"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import batchshaping as bs
-from batchshaping.prior_module import kept_inside
+from batchshaping.priors.module import kept_inside
 
 F64 = torch.float64
 Take = Callable[[Any], Tensor]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import batchshaping as bs
-from batchshaping.derivatives import CDFDerivatives
-from batchshaping.priors import ClosedFormPrior
+from batchshaping.cdfs.prepared import CDFDerivatives
+from batchshaping.priors.closed_form import ClosedFormPrior
 
 F64 = torch.float64
 TORCH_CLASSES = {

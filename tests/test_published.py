@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from batchshaping.batch_shaping_loss import Prior
-from batchshaping.published import (
+from batchshaping.experiments.published import (
     PUBLISHED_GENERALIZED_RUN,
     PUBLISHED_RUNS,
     PublishedGeneralizedLoss,

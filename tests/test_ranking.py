@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 from torch import Tensor
 
-from batchshaping.ranking import order_statistics, ranks
+from batchshaping.statistics.order import order_statistics, ranks
 
 DTYPES = [torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

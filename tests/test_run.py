@@ -20,7 +20,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from batchshaping.files import only_writer
+from batchshaping.storage.files import only_writer
 from batchshaping.training.checkpoints import read_checkpoint, write_checkpoint
 from batchshaping.training.config import MAY_CHANGE, RunConfig
 from batchshaping.training.run import RunError, evaluate_run, read_result, resume, train

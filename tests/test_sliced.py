@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import batchshaping as bs
-from batchshaping.sliced import SlicedBatchShapingLoss
-from batchshaping.statistics import STATISTICS, Statistic
+from batchshaping.losses.sliced import SlicedBatchShapingLoss
+from batchshaping.statistics import STATISTICS
+from batchshaping.statistics.statistic import Statistic
 
 F64 = torch.float64
 

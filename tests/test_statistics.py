@@ -30,16 +30,12 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import batchshaping as bs
-from batchshaping.fit import fit, published_start
-from batchshaping.priors import ClosedFormPrior
-from batchshaping.statistics import (
-    STATISTICS,
-    ClosedFormStatistic,
-    EppsPulley,
-    Samples,
-    Statistic,
-    Terms,
-)
+from batchshaping.experiments.fit import fit, published_start
+from batchshaping.priors.closed_form import ClosedFormPrior
+from batchshaping.statistics import STATISTICS
+from batchshaping.statistics.epps_pulley import EppsPulley
+from batchshaping.statistics.samples import Samples
+from batchshaping.statistics.statistic import ClosedFormStatistic, Statistic, Terms
 
 F64 = torch.float64
 NORMAL = FAMILIES["Normal"]

@@ -14,8 +14,8 @@ from oracles import DIGITS
 from torch import Tensor
 
 import batchshaping as bs
-from batchshaping.statistics import on_the_line
-from batchshaping.tails import log_tails
+from batchshaping.priors.tails import log_tails
+from batchshaping.statistics.line import on_the_line
 
 F64 = torch.float64
 

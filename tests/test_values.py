@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from batchshaping.values import read_values, write_values
+from batchshaping.storage.values import read_values, write_values
 
 
 class Touch:

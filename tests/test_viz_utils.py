@@ -21,7 +21,8 @@ from scipy import stats
 import batchshaping as bs
 from batchshaping import viz_utils
 from batchshaping.batch_shaping_loss import Prior
-from batchshaping.fit import Fit, GeneralizedFit, fit, fit_generalized, published_start
+from batchshaping.experiments.fit import Fit, GeneralizedFit, fit, fit_generalized, published_start
+from batchshaping.figures import animations, fits
 
 SAMPLES = [
     (bs.Beta(2, 6), stats.beta(2, 6)),
@@ -180,9 +181,9 @@ def pixels(figure: Figure) -> np.ndarray:
 def animation(request, shaped, shaped_generalized):
     with viz_utils.house_style():
         if request.param == "fit":
-            yield viz_utils._FitAnimation(shaped)
+            yield fits._FitAnimation(shaped)
         else:
-            yield viz_utils._GeneralizedFitAnimation(shaped_generalized)
+            yield fits._GeneralizedFitAnimation(shaped_generalized)
 
 
 def test_a_step_updates_artists_and_creates_none(animation) -> None:
@@ -200,7 +201,7 @@ def test_a_step_updates_artists_and_creates_none(animation) -> None:
 
 def test_a_frame_equals_the_figure_redrawn_in_full(animation) -> None:
     steps = [0, 5, 5, 6, animation.steps, 1]
-    frames = [np.asarray(frame).astype(int) for frame in viz_utils._frames(animation, steps)]
+    frames = [np.asarray(frame).astype(int) for frame in animations.frames_of(animation, steps)]
     for artist in (*animation.moving, *animation.captions):
         artist.set_animated(False)
     for step, frame in zip(steps, frames, strict=True):
@@ -232,7 +233,7 @@ def test_the_axes_of_an_animation_are_labelled_and_hold_all_losses(shaped: Fit) 
 
 
 def test_an_animation_shows_the_values_of_its_step(shaped: Fit) -> None:
-    animation = viz_utils._FitAnimation(shaped)
+    animation = fits._FitAnimation(shaped)
     for step in (0, 7, 30):
         animation.show(step)
         np.testing.assert_array_equal(animation.points.get_xdata(), shaped.values[step].numpy())
@@ -260,7 +261,7 @@ def test_fewer_than_six_arrays_are_shown_again() -> None:
 
 def test_a_gif_can_be_read_and_is_small(animation, tmp_path: Path, shaped, shaped_generalized) -> None:
     path = tmp_path / "animation"
-    if isinstance(animation, viz_utils._FitAnimation):
+    if isinstance(animation, fits._FitAnimation):
         viz_utils.animate_fit(shaped, path, frames=11)
         size, expected = (800, 290), 11
     else:
@@ -396,6 +397,6 @@ def test_without_its_extra_one_line_says_what_to_install(missing: str) -> None:
     result = run_python(f"import sys; sys.modules['{missing}'] = None; import batchshaping.viz_utils")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: batchshaping.viz_utils needs ")
+    assert last.startswith("ImportError: batchshaping.figures needs ")
     assert last.endswith("pip install 'batchshaping[viz]'")
     assert "During handling" not in result.stderr

@@ -25,12 +25,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
 
-from batchshaping.files import replaced
+from batchshaping.figures.style import house_style
 from batchshaping.report.page import report_html
+from batchshaping.storage.files import replaced
 from batchshaping.training.config import RunConfig
 from batchshaping.training.run import read_result, train
 from batchshaping.training.threads import using_threads
-from batchshaping.viz_utils import house_style
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

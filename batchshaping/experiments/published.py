@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchshaping.batch_shaping_loss import GeneralizedBatchShapingLoss, Prior, gbas_loss
-from batchshaping.fit import Fit, GeneralizedFit, Progress, fit, fit_generalized, published_start
-from batchshaping.priors import Beta, ClosedFormPrior, Normal, RelaxedBernoulli, SymBeta
+from batchshaping.batch_shaping_loss import Prior, gbas_loss
+from batchshaping.experiments.fit import Fit, GeneralizedFit, Progress, fit, fit_generalized, published_start
+from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
+from batchshaping.priors.closed_form import ClosedFormPrior
+from batchshaping.priors.families import Beta, Normal, RelaxedBernoulli, SymBeta
 
 __all__ = [
     "PUBLISHED_GENERALIZED_RUN",
@@ -205,7 +207,7 @@ PUBLISHED_GENERALIZED_RUN = PublishedGeneralizedRun(
 
 def main(folder: Path) -> None:
     """Repeat the eight runs, print their final losses and draw their animations into a folder."""
-    from batchshaping.viz_utils import animate_fit, animate_generalized_fit
+    from batchshaping.figures.fits import animate_fit, animate_generalized_fit
 
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'run':<52}{'steps':>5}{'final loss':>12}{'published':>11}")

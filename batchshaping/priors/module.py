@@ -21,8 +21,8 @@ from torch.distributions import Distribution, Transform, Uniform, constraints
 from torch.distributions.transforms import AffineTransform, PowerTransform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
-from batchshaping.checks import extent, known_to_hold
-from batchshaping.priors import ClosedFormPrior
+from batchshaping.priors.checks import extent, known_to_hold
+from batchshaping.priors.closed_form import ClosedFormPrior
 
 __all__ = ["PriorModule", "kept_inside"]
 

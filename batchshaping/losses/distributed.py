@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from batchshaping.checks import known_to_hold
+from batchshaping.priors.checks import known_to_hold
 
 __all__ = ["Columns", "Group", "resolve_group"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchshaping.files import quoted, replaced
+from batchshaping.storage.files import quoted, replaced
 
 __all__ = ["read_values", "write_values"]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from batchshaping.batch_shaping_loss import GeneralizedBatchShapingLoss, batch_shaping
+from batchshaping.losses.functional import batch_shaping
+from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
 from batchshaping.utils import warmup_factory
 
 __all__ = ["Fit", "GeneralizedFit", "Progress", "fit", "fit_generalized", "published_start"]

@@ -20,14 +20,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from batchshaping.figures.distributions import plot_density
+from batchshaping.figures.style import COLORS, house_style
 from batchshaping.gates import GateStatistics, gate_probabilities, gate_statistics
-from batchshaping.priors import Beta
+from batchshaping.priors.families import Beta
 from batchshaping.training import run
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, load_data
 from batchshaping.training.module import make_network
 from batchshaping.training.threads import using_threads
-from batchshaping.viz_utils import COLORS, house_style, plot_density
 
 __all__ = ["PRIOR", "Outcome", "draw", "train"]
 

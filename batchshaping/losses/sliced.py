@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from batchshaping.batch_shaping_loss import BatchShapingLoss
-from batchshaping.checks import check_values, is_index
-from batchshaping.distributed import Group
-from batchshaping.priors import Normal
-from batchshaping.statistics import Statistic
+from batchshaping.losses.distributed import Group
+from batchshaping.losses.modules import BatchShapingLoss
+from batchshaping.priors.checks import check_values, is_index
+from batchshaping.priors.families import Normal
+from batchshaping.statistics.statistic import Statistic
 
 __all__ = ["SlicedBatchShapingLoss"]
 

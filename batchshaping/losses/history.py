@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchshaping.checks import known_to_hold
+from batchshaping.priors.checks import known_to_hold
 
 __all__ = ["Memory"]
 

@@ -1,0 +1,1 @@
+"""Cumulative distribution functions: value, inverse and every derivative."""

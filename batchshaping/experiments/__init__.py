@@ -1,0 +1,1 @@
+"""Experiments that the notebooks and the command line repeat."""

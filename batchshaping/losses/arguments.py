@@ -1,0 +1,127 @@
+"""What the arguments of a loss may be, and what they mean."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from batchshaping.priors.checks import is_index
+from batchshaping.statistics import STATISTICS
+from batchshaping.statistics.statistic import Statistic
+
+__all__ = [
+    "canonical_dims",
+    "check_broadcast",
+    "check_prior",
+    "chosen_reduction",
+    "chosen_statistic",
+    "mask_like",
+    "samples_last",
+]
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "none": lambda loss: loss,
+}
+
+
+def chosen_statistic(statistic: str | Statistic) -> Statistic:
+    """The statistic of this name, or the statistic itself."""
+    if isinstance(statistic, Statistic):
+        return statistic
+    if not isinstance(statistic, str) or statistic not in STATISTICS:
+        known = ", ".join(map(repr, STATISTICS))
+        raise ValueError(f"statistic must be one of {known} or a Statistic, received {statistic!r}")
+    return STATISTICS[statistic]
+
+
+def chosen_reduction(reduction: str) -> Callable[[Tensor], Tensor]:
+    """How the losses of the arrays become one, by its name."""
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+        known = ", ".join(map(repr, _REDUCTIONS))
+        raise ValueError(f"reduction must be one of {known}, received {reduction!r}")
+    return _REDUCTIONS[reduction]
+
+
+def check_prior(prior: object) -> None:
+    """Refuse what is no univariate distribution with a CDF."""
+    known = "Beta, SymBeta, RelaxedBernoulli, Normal or any torch.distributions.Distribution with a cdf"
+    if not isinstance(prior, Distribution):
+        raise ValueError(f"prior must be {known}, received {prior!r}")
+    if not _has_cdf(prior):
+        raise ValueError(f"prior must be {known}, received {type(prior).__name__}, which has none")
+    if prior.event_shape:
+        raise ValueError(f"prior must be univariate, received event_shape {tuple(prior.event_shape)}")
+
+
+def _has_cdf(prior: Distribution) -> bool:
+    """Whether there is a CDF; that of a transformed distribution is made of the one of its base."""
+    base = vars(prior).get("base_dist")
+    return type(prior).cdf is not Distribution.cdf and (not isinstance(base, Distribution) or _has_cdf(base))
+
+
+def check_broadcast(
+    prior: Distribution, arrays: torch.Size, shape: torch.Size, dim: int | Sequence[int] | None
+) -> None:
+    """Refuse a prior whose ``batch_shape`` does not broadcast to the shape of the arrays."""
+    if not prior.batch_shape or prior.batch_shape == arrays:
+        return  # what torch takes longer to find out
+    try:
+        matches = torch.broadcast_shapes(prior.batch_shape, arrays) == arrays
+    except RuntimeError:
+        matches = False
+    if not matches:
+        raise ValueError(
+            f"prior's batch_shape {tuple(prior.batch_shape)} does not broadcast to {tuple(arrays)}, "
+            f"what dim={dim} leaves of x with shape {tuple(shape)}"
+        )
+
+
+def canonical_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """The sample dimensions, counted from the front and in order."""
+    named: Sequence[Any] = () if dim is None else (dim,)
+    if not is_index(dim) and isinstance(dim, Iterable):
+        named = tuple(dim)
+    if not all(map(is_index, named)):
+        raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")
+    dims = tuple(map(operator.index, named))
+    if not dims:  # as in torch, none named means all
+        return tuple(range(ndim))
+    span = max(ndim, 1)
+    for d in dims:
+        if not -span <= d < span:
+            raise IndexError(
+                f"dim must be in [{-span}, {span - 1}] for x with {ndim} dimensions, received {d}"
+            )
+    found = sorted({d % span for d in dims})
+    if len(found) != len(dims):
+        raise ValueError(f"dim must name each dimension once, received {tuple(dims)}")
+    return tuple(d for d in found if d < ndim)
+
+
+def samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Move the sample dimensions to the end and join them: (arrays..., N)."""
+    kept = [d for d in range(x.ndim) if d not in dims]
+    moved = x.permute((*kept, *dims))
+    # The product, and not -1, since there may be no values at all.
+    return moved.reshape(*moved.shape[: len(kept)], moved.shape[len(kept) :].numel())
+
+
+def mask_like(x: Tensor, mask: Tensor) -> Tensor:
+    """The mask in the shape of x."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, received a {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, received {mask.dtype}")
+    try:
+        return mask.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not broadcast to x with shape {tuple(x.shape)}"
+        ) from None
