@@ -34,7 +34,7 @@ types: $(env) ## Check types (mypy, strict)
 
 # One thread a worker: torch would otherwise start one a core in each of them.
 unit: $(env) browser ## Run the tests and the examples in the docstrings (pytest)
-	OMP_NUM_THREADS=1 $(run) pytest -n logical --maxprocesses 4 --ignore tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(run) pytest -n logical --maxprocesses 4 --durations 25 --ignore tests/test_notebooks.py
 
 notebooks: $(env) ## Execute the notebooks (pytest)
 	$(run) pytest tests/test_notebooks.py

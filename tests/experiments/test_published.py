@@ -14,7 +14,7 @@ from batchshaping.experiments.published import (
     PublishedRun,
 )
 
-OUTPUTS = Path(__file__).parent.parent / "outputs"
+OUTPUTS = Path(__file__).parents[2] / "outputs"
 SCIPY = {
     Prior.SYMBETA: lambda a: stats.beta(a, 1 - a),
     Prior.BETA: stats.beta,
