@@ -1,4 +1,4 @@
-r"""Gates that switch parts of a network on and off, example by example, and what shapes and measures them.
+r"""A gate: the binary concrete decision, the module that keeps it, and reading all gates of a model.
 
 A gate reads features and gives a logit, the log-odds of being open. In training it samples its decision from
 the binary concrete distribution; in evaluation it is open iff the logit is positive. After a forward pass,
@@ -10,28 +10,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
-    "ChannelGate",
     "Gate",
-    "GateCounts",
-    "GateStatistics",
     "binary_concrete",
     "gate_decisions",
     "gate_probabilities",
-    "gate_statistics",
-    "gates_forced",
-    "l0_penalty",
     "named_gates",
     "straight_through_decisions",
+    "whole_number",
 ]
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
@@ -278,155 +270,6 @@ def _by_gate(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
-class _Forced:
-    """Decides at random, whatever the logits are.
-
-    Chance follows from the seed, the gate and the number of the model's forward pass, so that what
-    runs again in the backward pass, to save memory, meets the same decisions.
-    """
-
-    def __init__(self, share: float, seed: int) -> None:
-        self.share = share
-        self.seed = seed
-        self.passes = 0
-
-    def count(self, *_: object) -> None:
-        """Another forward pass begins, unless it is one within a backward pass."""
-        self.passes += torch._C._current_graph_task_id() == -1
-
-    def __call__(self, logits: Tensor, gate: int) -> Tensor:
-        uniform = np.random.default_rng([self.seed, gate, self.passes]).random(logits.shape)
-        return torch.from_numpy(uniform < self.share).to(logits)
-
-
-@contextmanager
-def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None]:
-    """Let chance decide for the gates of a model, whatever they compute: for tests, benchmarks and what-if.
-
-    Args:
-        model: a module that holds :class:`Gate` s.
-        share: each gate is open for each example with this probability: 1 opens all, 0 closes all.
-        seed: of the decisions, not negative; the same seed and batches give the same decisions, on every
-            device. A backward pass that computes layers again belongs within the context too.
-
-    Raises:
-        ValueError: if the share is not in [0, 1], the seed is negative or no integer, or the model has no
-            gates.
-
-    Example:
-        >>> gate = ChannelGate(8, 4).eval()
-        >>> with gates_forced(gate, share=1.0):
-        ...     gate(torch.randn(2, 8))
-        tensor([[1., 1., 1., 1.],
-                [1., 1., 1., 1.]])
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], received {share}")
-    gates = named_gates(model).values()
-    forced = _Forced(share, _integer("seed", seed, least=0))
-    counting = model.register_forward_pre_hook(forced.count)
-    try:
-        for index, gate in enumerate(gates):
-            gate._forced = (*gate._forced, partial(forced, gate=index))
-        yield
-    finally:
-        counting.remove()
-        for gate in gates:
-            gate._forced = tuple(f for f in gate._forced if getattr(f, "func", None) is not forced)
-
-
-class ChannelGate(Gate):
-    r"""A gate for each channel of a layer, decided example by example from the mean of each feature map.
-
-    .. math::
-        \log \alpha = W_b \, \mathrm{ReLU}(\mathrm{BN}(W_a \, \mathrm{pool}(x)))
-
-    Args:
-        in_channels: channels of the features x that the gate reads.
-        out_channels: channels that it switches.
-        hidden: width of the MLP.
-        bias: added to the initial logits: the higher, the more channels are open at first; half of them at 0.
-        device: where its tensors are; as PyTorch chooses by default.
-        dtype: their type; as PyTorch chooses by default.
-
-    Shape:
-        x is (N, in_channels, ...) with any number of dimensions to pool over, or none. The gates are
-        (N, out_channels, 1, ...) with as many, so that they multiply the channels as they are.
-
-    Raises:
-        ValueError: if a width is no positive integer or the bias not finite; if x has another number of
-            channels, or too few examples for batch normalization in training.
-
-    References:
-        Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
-        2020, https://arxiv.org/abs/1907.06627.
-
-    Example:
-        >>> gate = ChannelGate(in_channels=8, out_channels=32)
-        >>> x, inner = torch.randn(4, 8, 7, 7), torch.randn(4, 32, 7, 7)
-        >>> (gate(x) * inner).shape, gate.probabilities.shape
-        (torch.Size([4, 32, 7, 7]), torch.Size([4, 32]))
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        hidden: int = 16,
-        bias: float = 0.0,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(device=device)
-        self.in_channels = _integer("in_channels", in_channels, least=1)
-        out_channels = _integer("out_channels", out_channels, least=1)
-        hidden = _integer("hidden", hidden, least=1)
-        if not math.isfinite(bias):
-            raise ValueError(f"bias must be finite, received {bias}")
-        last = nn.Linear(hidden, out_channels, device=device, dtype=dtype)
-        with torch.no_grad():
-            last.bias.add_(bias)
-        self.to_logits = nn.Sequential(
-            nn.Linear(self.in_channels, hidden, bias=False, device=device, dtype=dtype),
-            nn.BatchNorm1d(hidden, device=device, dtype=dtype),
-            nn.ReLU(),
-            last,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros and ones of shape (N, out_channels, 1, ...), of x's number of dimensions."""
-        # torch.jit.trace warns of every question about a shape.
-        if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            self._refuse_unreadable(x)
-        pooled = x.flatten(2).mean(dim=2) if x.ndim > 2 else x
-        gates = self.decide(self.to_logits(pooled))
-        return gates.reshape(*gates.shape, *[1] * (x.ndim - 2))
-
-    def _refuse_unreadable(self, x: Tensor) -> None:
-        if x.ndim < 2 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have shape (N, {self.in_channels}, ...), received {tuple(x.shape)}")
-        if x.shape[0] < 2:
-            norm = self.to_logits[1]
-            # Synchronized batch normalization, of another class, has the examples of other ranks too.
-            if norm.training and isinstance(norm, nn.BatchNorm1d):
-                raise ValueError(
-                    "a gate in training normalizes over the batch and needs at least 2 examples, "
-                    f"received {x.shape[0]} (drop_last=True leaves out a last batch of one)"
-                )
-
-
-def _integer(name: str, value: int, least: int) -> int:
-    """A setting that counts something."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, at least {least}, received {value!r}")
-    return number
-
-
 def gate_probabilities(model: nn.Module) -> list[Tensor]:
     """The probabilities of all gates of a model in its last forward pass, with their gradient attached.
 
@@ -446,7 +289,7 @@ def gate_probabilities(model: nn.Module) -> list[Tensor]:
 
     Example:
         >>> import batchshaping as bs
-        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32))
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), bs.ChannelGate(8, 32))
         >>> gates = model(torch.randn(64, 1, 9, 9))
         >>> loss = sum(bs.batch_shaping(p, bs.Beta(0.6, 0.4), dim=0) for p in gate_probabilities(model))
         >>> loss.backward()
@@ -468,7 +311,8 @@ def gate_decisions(model: nn.Module) -> list[Tensor]:
         RuntimeError: if a gate has not run yet.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32)).eval()
+        >>> import batchshaping as bs
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), bs.ChannelGate(8, 32)).eval()
         >>> gates = model(torch.randn(64, 1, 9, 9))
         >>> bool((gate_decisions(model)[0] == gates.flatten(1)).all())
         True
@@ -503,9 +347,10 @@ def straight_through_decisions(model: nn.Module) -> list[Tensor]:
         Conditional Computation, 2013, https://arxiv.org/abs/1308.3432.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32))
+        >>> import batchshaping as bs
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), bs.ChannelGate(8, 32))
         >>> gates = model(torch.randn(64, 1, 9, 9))
-        >>> penalty = l0_penalty(straight_through_decisions(model))
+        >>> penalty = bs.l0_penalty(straight_through_decisions(model))
         >>> torch.equal(penalty, gates.mean())
         True
         >>> penalty.backward()
@@ -520,7 +365,8 @@ def named_gates(model: nn.Module) -> dict[str, Gate]:
         ValueError: if it has none.
 
     Example:
-        >>> list(named_gates(nn.Sequential(nn.Conv2d(1, 8, 3), ChannelGate(8, 32))))
+        >>> import batchshaping as bs
+        >>> list(named_gates(nn.Sequential(nn.Conv2d(1, 8, 3), bs.ChannelGate(8, 32))))
         ['1']
     """
     gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
@@ -539,163 +385,12 @@ def _read_gates(model: nn.Module, read: Callable[[Gate], Tensor]) -> list[Tensor
     return values
 
 
-def l0_penalty(probabilities: Tensor | Sequence[Tensor]) -> Tensor:
-    r"""The mean probability of being open, over all examples and gates.
-
-    .. math::
-        \frac{1}{N G} \sum_{n=1}^N \sum_{g=1}^G p_{n g}
-
-    Args:
-        probabilities: a tensor (N, gates), or one for each layer as :func:`gate_probabilities` gives them, or
-            :func:`straight_through_decisions` where there is less than the full noise; every gate counts the
-            same, whatever its layer.
-
-    Returns:
-        A scalar in [0, 1].
-
-    Raises:
-        ValueError: if there are no gates, or layers of different numbers of examples.
-
-    References:
-        Louizos, Welling and Kingma, Learning Sparse Neural Networks through L0 Regularization, ICLR 2018,
-        https://arxiv.org/abs/1712.01312.
-
-    Example:
-        >>> l0_penalty([torch.full((2, 3), 0.5), torch.full((2, 1), 0.9)])
-        tensor(0.6000)
-    """
-    return _all_gates(probabilities).mean()
-
-
-class GateStatistics(NamedTuple):
-    """What gates did over a data set, as shares in [0, 1].
-
-    The first three are shares of the gates and add up to 1.
-    """
-
-    always_on: float
-    always_off: float
-    conditional: float
-    mean_open: float
-
-
-def gate_statistics(decisions: Tensor | Sequence[Tensor]) -> GateStatistics:
-    """How many gates are open for every example, for none, or for some, and how many are open on average.
-
-    Args:
-        decisions: open or closed over a data set, of shape (N, gates), as booleans or as zeros and ones; or
-            one such tensor for each layer, together then.
-
-    Returns:
-        The shares of gates always on, always off and conditional, and the mean share of open gates.
-
-    Raises:
-        ValueError: if there are no examples or no gates, layers of different numbers of examples, or a
-            decision that is neither 0 nor 1.
-
-    Example:
-        >>> gate_statistics(torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1]]))
-        GateStatistics(always_on=0.25, always_off=0.25, conditional=0.5, mean_open=0.5)
-    """
-    counts = GateCounts(classes=1)
-    decisions = _all_gates(decisions)
-    counts.update([decisions], torch.zeros(len(decisions), dtype=torch.long, device="cpu"))
-    return counts.statistics()
-
-
-class GateCounts:
-    """Counts over a data set, batch by batch, how often each gate is open for each class.
-
-    Args:
-        classes: how many there are, at least one.
-
-    Attributes:
-        open: for each layer, in how many examples of each class each gate was open: integers of shape
-            (classes, gates).
-        examples: how many examples of each class there were, of shape (classes,).
-
-    Example:
-        >>> counts = GateCounts(classes=2)
-        >>> counts.update([torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])], torch.tensor([0, 1]))
-        >>> counts.open
-        [tensor([[1, 0, 1],
-                [1, 0, 0]])]
-        >>> counts.statistics().always_on
-        0.3333333333333333
-    """
-
-    open: list[Tensor]
-    examples: Tensor
-
-    def __init__(self, classes: int) -> None:
-        self.open = []
-        self.examples = torch.zeros(_integer("classes", classes, least=1), dtype=torch.long, device="cpu")
-
-    def update(self, decisions: Sequence[Tensor], labels: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            decisions: zeros and ones of shape (N, gates) a layer, as :func:`gate_decisions` gives them.
-            labels: the examples' classes 0, 1, ..., of shape (N,).
-
-        Raises:
-            ValueError: if shapes do not agree, a decision is neither 0 nor 1, or a label is no class. Nothing
-                is counted then.
-        """
-        if labels.ndim != 1 or labels.is_floating_point():
-            received = f"{labels.dtype} of shape {tuple(labels.shape)}"
-            raise ValueError(f"labels must be integers of shape (N,), received {received}")
-        labels = labels.to("cpu", torch.long)
-        classes = len(self.examples)
-        wrong = labels[(labels < 0) | (labels >= classes)]
-        if len(wrong):
-            raise ValueError(f"labels must be in 0, ..., {classes - 1}, received {wrong[0].item()}")
-        shapes = [tuple(layer.shape) for layer in decisions]
-        gates: list[Any] = [earlier.shape[1] for earlier in self.open]
-        if not self.open:  # The first batch says how many gates there are.
-            gates = [shape[1] if len(shape) == 2 else "gates" for shape in shapes]
-        expected = [(len(labels), number) for number in gates]
-        if shapes != expected:
-            raise ValueError(f"decisions must have shapes (N, gates) = {expected}, received {shapes}")
-        batch = []
-        for layer in decisions:
-            is_open = layer.bool()
-            undecided = layer[layer != is_open]
-            if len(undecided):
-                raise ValueError(f"decisions must be 0 or 1, received {undecided[0].item():.6g}")
-            empty = torch.zeros(classes, layer.shape[1], dtype=torch.long, device="cpu")
-            batch.append(empty.index_add(0, labels, is_open.to("cpu", torch.long)))
-        self.open = [old + new for old, new in zip(self.open, batch, strict=True)] if self.open else batch
-        self.examples = self.examples + labels.bincount(minlength=classes)
-
-    def statistics(self, layer: int | None = None) -> GateStatistics:
-        """What the gates did over all examples so far.
-
-        Args:
-            layer: the index of one layer; all together by default.
-
-        Raises:
-            ValueError: if nothing was counted.
-        """
-        examples = self.examples.sum()
-        if examples == 0:
-            raise ValueError("there must be at least one example and one gate, received none")
-        layers = self.open if layer is None else [self.open[layer]]
-        total = torch.cat([counts.sum(dim=0) for counts in layers])
-        always_on, always_off = total == examples, total == 0
-        shares = (always_on, always_off, ~(always_on | always_off), total.double() / examples)
-        return GateStatistics(*(share.double().mean().item() for share in shares))
-
-
-def _all_gates(layers: Tensor | Sequence[Tensor]) -> Tensor:
-    """Side by side, (N, gates of all layers)."""
-    if not isinstance(layers, Tensor):
-        shapes = [tuple(layer.shape) for layer in layers]
-        if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
-            raise ValueError(f"layers must have shapes (N, gates) with the same N, received {shapes}")
-        layers = torch.cat([*layers], dim=1) if shapes else torch.empty(0, 0, device="cpu")
-    if layers.numel() == 0:
-        raise ValueError(
-            f"there must be at least one example and one gate, received shape {tuple(layers.shape)}"
-        )
-    return layers
+def whole_number(name: str, value: int, least: int) -> int:
+    """A setting that counts something."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, at least {least}, received {value!r}")
+    return number

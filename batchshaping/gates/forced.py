@@ -1,0 +1,73 @@
+"""Gates that chance decides for, whatever they compute: for tests, benchmarks and what-if."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from batchshaping.gates.gate import named_gates, whole_number
+
+__all__ = ["gates_forced"]
+
+
+class _Forced:
+    """Decides at random, whatever the logits are.
+
+    Chance follows from the seed, the gate and the number of the model's forward pass, so that what
+    runs again in the backward pass, to save memory, meets the same decisions.
+    """
+
+    def __init__(self, share: float, seed: int) -> None:
+        self.share = share
+        self.seed = seed
+        self.passes = 0
+
+    def count(self, *_: object) -> None:
+        """Another forward pass begins, unless it is one within a backward pass."""
+        self.passes += torch._C._current_graph_task_id() == -1
+
+    def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        uniform = np.random.default_rng([self.seed, gate, self.passes]).random(logits.shape)
+        return torch.from_numpy(uniform < self.share).to(logits)
+
+
+@contextmanager
+def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None]:
+    """Let chance decide for the gates of a model, whatever they compute: for tests, benchmarks and what-if.
+
+    Args:
+        model: a module that holds :class:`Gate` s.
+        share: each gate is open for each example with this probability: 1 opens all, 0 closes all.
+        seed: of the decisions, not negative; the same seed and batches give the same decisions, on every
+            device. A backward pass that computes layers again belongs within the context too.
+
+    Raises:
+        ValueError: if the share is not in [0, 1], the seed is negative or no integer, or the model has no
+            gates.
+
+    Example:
+        >>> import batchshaping as bs
+        >>> gate = bs.ChannelGate(8, 4).eval()
+        >>> with gates_forced(gate, share=1.0):
+        ...     gate(torch.randn(2, 8))
+        tensor([[1., 1., 1., 1.],
+                [1., 1., 1., 1.]])
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], received {share}")
+    gates = named_gates(model).values()
+    forced = _Forced(share, whole_number("seed", seed, least=0))
+    counting = model.register_forward_pre_hook(forced.count)
+    try:
+        for index, gate in enumerate(gates):
+            gate._forced = (*gate._forced, partial(forced, gate=index))
+        yield
+    finally:
+        counting.remove()
+        for gate in gates:
+            gate._forced = tuple(f for f in gate._forced if getattr(f, "func", None) is not forced)
