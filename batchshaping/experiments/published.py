@@ -1,6 +1,6 @@
 """The eight published runs: what they start from, what they minimize, and the loss they were printed with.
 
-``python -m batchshaping.published [FOLDER]`` repeats them all, prints their final losses beside the
+``python -m batchshaping.experiments.published [FOLDER]`` repeats them all, prints their final losses beside the
 published ones and draws their animations into the folder.
 """
 
