@@ -283,8 +283,10 @@ class _ByFraction:
     def from_values(self, x: Tensor, lowest: float) -> _Point:
         x = x.to(self.working).clamp(0.0, 1.0)
         offset = x - self.centre if self.large_a or self.large_b else x
-        log_x = torch.log1p(offset / self.centre) if self.large_a else x.log()
-        log_complement = torch.log1p(offset / -self.far_centre) if self.large_b else torch.log1p(-x)
+        log_x = _log_relative(x, offset, self.centre) if self.large_a else x.log()
+        log_complement = (
+            _log_relative(1.0 - x, -offset, self.far_centre) if self.large_b else torch.log1p(-x)
+        )
         if lowest > -math.inf:
             log_x.clamp_min_(lowest)
         exponent = self._exponent(log_x, log_complement)
@@ -340,6 +342,12 @@ class _ByFraction:
         near = (point.exponent + self.scale.log()).sub_(rate.value.log())
         near.clamp_max_(-torch.finfo(self.working).eps)
         return rate, near, torch.log1p(-near.exp())
+
+
+def _log_relative(value: Tensor, offset: Tensor, centre: Tensor) -> Tensor:
+    """Log(value / centre): by the offset from the centre, which has no digits left where value is small."""
+    near = torch.log1p(offset / centre)
+    return torch.where(value < 0.5 * centre, (value / centre).log(), near)
 
 
 class _AtAnySize:

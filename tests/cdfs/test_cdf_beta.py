@@ -768,6 +768,14 @@ def test_the_logarithms_of_tails_that_are_all_but_1_have_relative_precision(a: f
         assert abs(b * (at.parameters[1][1][k].item() - slope)) <= 1e-8 * (1e-6 + abs(b * slope)), z
 
 
+@pytest.mark.parametrize(("a", "b"), [(1.95, 18.25), (3.46, 13.44), (4.14, 7.83), (18.25, 1.95), (84.0, 1.4)])
+def test_the_density_in_float32_is_relatively_exact_next_to_the_ends(a: float, b: float) -> None:
+    x = torch.tensor([1e-9, 4.4e-7, 3e-6, 7e-5, 0.01, 0.3, 0.7, 0.99, 1 - 1e-4, 1 - 2**-20]).requires_grad_()
+    (density,) = torch.autograd.grad(bs.betainc(a, b, x).sum(), x)
+    expected = scipy(stats.beta.pdf, x.detach().double(), a, b)
+    torch.testing.assert_close(density.double(), expected, rtol=5e-5, atol=1e-30)
+
+
 # The inverse at any size
 
 
