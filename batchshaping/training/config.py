@@ -20,10 +20,14 @@ from pydantic import (
 
 from batchshaping.files import quoted, replaced
 from batchshaping.training import plain_yaml
-from batchshaping.training.networks import FAMILIES, NETWORKS, Network, network_settings
-from batchshaping.training.networks.gated_resnet import IMAGENET_NETWORKS, SMALL_IMAGE_NETWORKS
+from batchshaping.training.networks import FAMILIES, Network, network_settings
+
+# Names that earlier versions had in this module.
+from batchshaping.training.networks import NETWORKS as NETWORKS
+from batchshaping.training.networks.gated_resnet import IMAGENET_NETWORKS as IMAGENET_NETWORKS
+from batchshaping.training.networks.gated_resnet import SMALL_IMAGE_NETWORKS as SMALL_IMAGE_NETWORKS
+from batchshaping.training.sections import DATASETS as DATASETS
 from batchshaping.training.sections import (
-    DATASETS,
     DataSettings,
     MachineSettings,
     ObjectiveSettings,
@@ -33,13 +37,9 @@ from batchshaping.training.sections import (
 )
 
 __all__ = [
-    "DATASETS",
-    "IMAGENET_NETWORKS",
     "MAY_CHANGE",
-    "NETWORKS",
     "SECTIONS",
     "SETTINGS",
-    "SMALL_IMAGE_NETWORKS",
     "RunConfig",
     "Setting",
     "read_config",

@@ -81,6 +81,8 @@ CIFAR10 = Cifar(
     names="batches.meta.txt",
     label_bytes=1,
 )
+"""Ten classes of 32 x 32 pixel images."""
+
 CIFAR100 = Cifar(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     md5="03b5dce01913d631647c71ecec9e9cb8",
@@ -90,3 +92,4 @@ CIFAR100 = Cifar(
     names="fine_label_names.txt",
     label_bytes=2,
 )
+"""A hundred classes of 32 x 32 pixel images."""
