@@ -86,7 +86,7 @@ with _extras():
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
-    from batchshaping.training.config import MAY_CHANGE, SECTIONS, RunConfig, read_config
+    from batchshaping.training.config import MAY_CHANGE, SECTIONS, SETTINGS, RunConfig, read_config
 
 __all__ = ["app", "main"]
 
@@ -347,12 +347,12 @@ def demo(
 
 
 def _train(config: Path | None, resume: Path | None, output: Path | None, **given: str | bool | None) -> None:
-    """Train a network with gates, measure it, and keep all that a report needs.
+    """Train a network with gates, evaluate it, and keep all that a report needs.
 
-    Without options: a gated ResNet-8 on scikit-learn's digits, in about a minute. The folder of the run
-    holds its complete configuration (**config.yaml**), from which it can be repeated; its result
-    (**result.json**); the trained weights; and a checkpoint, from which an interrupted run goes on to the
-    result it would have had.
+    Without options, a gated ResNet-8 is trained on scikit-learn's digits, which takes about a minute. The
+    folder of the run contains its complete configuration (**config.yaml**), from which it can be repeated;
+    its result (**result.json**); the trained weights; and a checkpoint, from which an interrupted run goes on
+    to the result that it would have had.
 
     Examples: **batchshaping train --budget 0.3**; **batchshaping train --config run.yaml --seed 1 --output
     outputs/second**; **batchshaping train --resume outputs/train**
@@ -388,20 +388,18 @@ def _train(config: Path | None, resume: Path | None, output: Path | None, **give
         print(f"{folder} was finished before" if finished else f"wrote {folder}")
 
 
-def _option(name: str, section: str) -> inspect.Parameter:
+def _option(name: str) -> inspect.Parameter:
     """A setting of a run as an option of the command line."""
-    field = RunConfig.model_fields[name]
+    section, description, default, is_flag = SETTINGS[name]
     flag = f"--{name.replace('_', '-')}"
-    is_flag = field.annotation is bool
-    default = field.default
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    help = f"{field.description} " + ("" if is_flag or default is None else f"[default: {shown}]")
+    help = f"{description} " + ("" if is_flag or default is None else f"[default: {shown}]")
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if is_flag else flag,
         help=f"{help}[default: {'on' if default else 'off'}]" if is_flag else help,
         metavar=None if is_flag else "VALUE",
         show_default=False,
-        rich_help_panel=section,
+        rich_help_panel=SECTIONS[section],
     )
     kind = bool | None if is_flag else str | None
     return inspect.Parameter(
@@ -410,14 +408,15 @@ def _option(name: str, section: str) -> inspect.Parameter:
 
 
 def _options() -> list[inspect.Parameter]:
-    """The options of the training command: where the run is, and every setting, by section."""
+    """The options of the training command: the files of the run, and every setting, section by section."""
     files = {
-        "config": ("Settings as name: value, in YAML; options replace them.", "FILE"),
+        "config": ("YAML file of settings as name: value. Options replace its settings.", "FILE"),
         "resume": (
-            "Go on with the interrupted run in this folder. Options for its machine and its log may be new.",
+            "Go on with the interrupted run in this folder, with its settings. Only options for the "
+            "machine and the log may be given.",
             "FOLDER",
         ),
-        "output": ("Where the run goes; made if need be. [default: outputs/train]", "FOLDER"),
+        "output": ("Folder of the run, made if it does not exist. [default: outputs/train]", "FOLDER"),
     }
     parameters = []
     for name, (help, metavar) in files.items():
@@ -430,11 +429,7 @@ def _options() -> list[inspect.Parameter]:
                 annotation=Annotated[Path | None, option],
             )
         )
-    section = ""
-    for name in RunConfig.model_fields:
-        section = SECTIONS.get(name, section)
-        parameters.append(_option(name, section))
-    return parameters
+    return [*parameters, *map(_option, SETTINGS)]
 
 
 # One place for every setting: its name, default, range and description are those of the configuration.

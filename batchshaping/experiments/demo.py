@@ -81,7 +81,7 @@ def train(*, shaped: bool, epochs: int = 40, seed: int = 0, progress: bool = Fal
         logger="none",
         accelerator="cpu",
     )
-    data = load_data(config)
+    data = load_data(config.data)
     # One thread sums in one order, and is fast for a network this small.
     with tempfile.TemporaryDirectory() as folder, _own_chance(seed), using_threads(1):
         before = _probabilities(make_network(config, len(data.classes), data.shape[0]), data)

@@ -267,7 +267,7 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
 def _prior(config: Mapping[str, Any]) -> tuple[float, float]:
     """The prior of a run, in the range that a run may have."""
     try:
-        return RunConfig(prior=config["prior"]).prior
+        return RunConfig(prior=config["prior"]).objective.prior
     except ValueError as error:
         raise _RangeError(error) from None
 

@@ -1,58 +1,51 @@
-"""What a run is made of: every setting, its default and its range, from and to a YAML file."""
+"""The configuration of a run: its sections, from and to flat settings, and from and to a YAML file."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
     ValidationError,
-    ValidationInfo,
-    field_validator,
+    model_serializer,
     model_validator,
 )
 
 from batchshaping.files import quoted, replaced
+from batchshaping.training import plain_yaml
+from batchshaping.training.networks import FAMILIES, Network, network_settings
+
+# Names that earlier versions had in this module.
+from batchshaping.training.networks import NETWORKS as NETWORKS
+from batchshaping.training.networks.gated_resnet import IMAGENET_NETWORKS as IMAGENET_NETWORKS
+from batchshaping.training.networks.gated_resnet import SMALL_IMAGE_NETWORKS as SMALL_IMAGE_NETWORKS
+from batchshaping.training.sections import DATASETS as DATASETS
+from batchshaping.training.sections import (
+    DataSettings,
+    MachineSettings,
+    ObjectiveSettings,
+    OptimizationSettings,
+    Section,
+    one_line,
+)
 
 __all__ = [
-    "DATASETS",
-    "IMAGENET_NETWORKS",
     "MAY_CHANGE",
-    "NETWORKS",
     "SECTIONS",
-    "SMALL_IMAGE_NETWORKS",
+    "SETTINGS",
     "RunConfig",
+    "Setting",
     "read_config",
     "read_whole_config",
     "write_config",
 ]
-
-SMALL_IMAGE_NETWORKS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
-"""Networks for small images, with their depth."""
-
-IMAGENET_NETWORKS = ("resnet18", "resnet34", "resnet50")
-"""Networks for large images, torchvision's."""
-
-NETWORKS = (*SMALL_IMAGE_NETWORKS, *IMAGENET_NETWORKS)
-"""The known networks."""
-
-DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
-"""The known data sets."""
-
-SECTIONS = {
-    "network": "Network",
-    "data": "Data",
-    "budget": "Gates: what the objective asks of them",
-    "epochs": "Optimization",
-    "accelerator": "Machine and log",
-}
-"""Headings of the settings, each by the first one that it stands above."""
 
 MAY_CHANGE = {
     *("accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "threads"),
@@ -63,221 +56,177 @@ MAY_CHANGE = {
 With other devices or threads, sums are taken in another order and may be rounded differently.
 """
 
-_Share = Annotated[float, Field(ge=0, le=1)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=1, le=10**9)]
-# Far beyond what shapes a gate: at 1e5 and 1e5 the standard deviation is 0.001.
-_Concentration = Annotated[float, Field(gt=0, le=100_000)]
+
+class Setting(NamedTuple):
+    """One setting of a run.
+
+    Attributes:
+        section: name of its section.
+        description: one sentence; where several families of networks have the setting, one of each.
+        default: its default value.
+        is_flag: whether it is either true or false.
+    """
+
+    section: str
+    description: str
+    default: Any
+    is_flag: bool
+
+
+_CLASSES: dict[str, tuple[type[Section], ...]] = {
+    "network": FAMILIES,
+    "data": (DataSettings,),
+    "objective": (ObjectiveSettings,),
+    "optimization": (OptimizationSettings,),
+    "machine": (MachineSettings,),
+}
+_MAKE: dict[str, Callable[..., Section]] = {
+    "network": network_settings,
+    **{section: classes[0] for section, classes in _CLASSES.items() if section != "network"},
+}
+
+
+def _all_settings() -> dict[str, Setting]:
+    settings: dict[str, Setting] = {}
+    for section, classes in _CLASSES.items():
+        for of_class in classes:
+            for name, field in of_class.settings().items():
+                description, is_flag = field.description or "", field.annotation is bool
+                earlier = settings.setdefault(name, Setting(section, description, field.default, is_flag))
+                if (earlier.section, earlier.is_flag) != (section, is_flag):
+                    raise TypeError(f"the setting {name} of {of_class.__name__} is another one's name")
+                if description not in earlier.description:
+                    settings[name] = earlier._replace(description=f"{earlier.description} {description}")
+    return settings
+
+
+SECTIONS = {section: classes[0].heading for section, classes in _CLASSES.items()}
+"""Headings of the sections, by their names."""
+
+SETTINGS = _all_settings()
+"""Every setting by its name, section by section, those of all families of networks included."""
 
 
 class RunConfig(BaseModel):
-    r"""Every setting of a run; the defaults train a gated ResNet-8 on scikit-learn's digits.
+    r"""The configuration of a run; the defaults train a gated ResNet-8 on scikit-learn's digits.
 
-    The objective, at a share e of training that is done, is
+    It is made of settings, given by their names, or of whole sections. Settings can be read by their names
+    too, except ``network`` and ``data``, since these are sections: the network and the data set are called
+    ``config.network.name`` and ``config.data.name``.
 
-    .. math::
-        \mathrm{CE} + \gamma(e) \sum_\text{layers} L(p; \mathrm{prior})
-        + \lambda(e) \max(0, c - \mathrm{budget}),
-
-    with the cost c one of the two that ``penalized`` can be. Budget 0 and ``open-gates`` are the objective of
-    Bejnordi, Blankevoort and Welling (ICLR 2020, https://arxiv.org/abs/1907.06627).
+    Attributes:
+        network: the network, a section of one of the families.
+        data: which images are loaded, and how.
+        objective: what is asked of the gates.
+        optimization: how the weights are trained.
+        machine: where the run is computed, and what it logs.
 
     Raises:
-        ValueError: in one line, if a setting is unknown or out of range.
+        ValueError: in one line, if a setting is unknown or out of range, or settings contradict each other.
 
     Example:
         >>> config = RunConfig(network="resnet20", budget=0.3)
-        >>> config.epochs, config.shaping
-        (40, 0.75)
+        >>> config.network.name, config.objective.budget, config.epochs
+        ('resnet20', 0.3, 40)
         >>> RunConfig(budget=-1)
         Traceback (most recent call last):
         ...
         ValueError: budget: input should be greater than or equal to 0, received -1
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    network: str = "resnet8"
-    """resnet8, 14, 20, 32, 44, 56 or 110 for small images; resnet18, 34 or 50 for large ones."""
-    width: _Count = 16
-    """Channels of the first stage of a network for small images."""
-    stem_stride: Annotated[int, Field(ge=1, le=2)] = 1
-    """Stride of the first convolution of a network for small images."""
-    pretrained: bool = False
-    """Whether a network for large images starts from torchvision's weights."""
-    gated: bool = True
-    """Whether the network has gates."""
-    hidden: _Count = 16
-    """Width of the MLP in each gate."""
-    gate_bias: Annotated[float, Field(allow_inf_nan=False)] = 3.0
-    """Added to the gates' initial logits: 0 starts with half of the channels open, 3 with nearly all."""
-
-    data: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or folder: of images, in train/CLASS and test/CLASS."""
-    data_folder: Path | None = None
-    """Where the data is; by default where its package or download puts it."""
-    download: bool = False
-    """Whether to download the data if it is not there."""
-    image_size: _Count = 224
-    """Side in pixels to which the images of a folder are cropped."""
-    train_images: _Count | None = None
-    """How many training images to use; all by default."""
-    augment: bool = True
-    """Whether to shift training images at random, and to flip them where that keeps their class."""
-    workers: Annotated[int, Field(ge=0, le=10**4)] = 0
-    """Processes that load images; data sets that fit in memory need none."""
-
-    budget: _Share = 0.4
-    """Share of the ungated network's multiply-adds (or of open gates) above which cost is penalized."""
-    penalty: _NotNegative = 3.0
-    """Weight of the cost above the budget, once it is fully there."""
-    penalty_begin: _Share = 0.2
-    """Share of training after which the penalty begins to rise."""
-    penalty_end: _Share = 0.6
-    """Share of training after which the penalty has its weight."""
-    penalized: Literal["multiply-adds", "open-gates"] = "multiply-adds"
-    """What is penalized: the multiply-adds that were spent, or the share of gates that were open (L0)."""
-    shaping: _NotNegative = 0.75
-    """Weight of the batch-shaping loss at the start; 0 trains without it."""
-    shaping_end: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of training after which the batch-shaping loss has faded out."""
-    prior: tuple[_Concentration, _Concentration] = (0.6, 0.4)
-    """The two concentrations of the Beta prior of each gate."""
-    noise_end: Annotated[float, Field(gt=0, le=1)] | None = 0.7
-    """Share of training after which the gates' noise has faded out; none keeps it."""
-
-    epochs: _Count = 40
-    """How often every training image is seen."""
-    batch_size: _Count = 64
-    """Images in a step, of all devices and accumulated batches together."""
-    accumulate: _Count = 1
-    """Batches whose gradients are added up in a step."""
-    learning_rate: _Positive = 0.1
-    """Learning rate of SGD at the start."""
-    gate_learning_rate: _Positive = 0.1
-    """That of the gates."""
-    schedule: Literal["steps", "cosine"] = "steps"
-    """How the learning rates fall: by 10 at each milestone, or as a half cosine to 0."""
-    milestones: tuple[_Share, ...] = (0.6, 0.75, 0.9)
-    """Shares of training after which the learning rates fall by 10."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Nesterov momentum."""
-    weight_decay: _NotNegative = 5e-4
-    """Weight decay of everything but the gates."""
-
-    accelerator: str = "auto"
-    """cpu, gpu or whatever else Lightning knows."""
-    devices: _Count = 1
-    """Devices, or processes on the CPU, of each node."""
-    nodes: _Count = 1
-    """Machines."""
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Threads of each process on the CPU; by default one for small layers, and more for large ones."""
-    precision: Literal["32", "16-mixed", "bf16-mixed", "64"] = "32"
-    """Precision of the computation."""
-    sync_batch_norm: bool = False
-    """Whether batch normalization sees the batch of all devices."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the start, the order of the images, their shifts and the gates' noise."""
-    evaluate_every: _Count = 1
-    """Epochs between two evaluations on the test images."""
-    logger: Literal["csv", "tensorboard", "none"] = "csv"
-    """How the training steps are logged."""
-    log_every: _Count = 10
-    """Steps between two lines of that log."""
+    network: SerializeAsAny[Network]
+    data: DataSettings
+    objective: ObjectiveSettings
+    optimization: OptimizationSettings
+    machine: MachineSettings
 
     def __init__(self, **settings: Any) -> None:
         try:
-            super().__init__(**settings)
+            super().__init__(**_by_section(settings))
         except ValidationError as error:
-            raise ValueError(_one_line(error)) from None
+            raise ValueError(one_line(error)) from None
 
-    @field_validator("prior", "milestones", mode="before")
-    @classmethod
-    def _from_text(cls, value: object) -> object:
-        """From a command line: several numbers as 0.6,0.4."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
-
-    @field_validator("noise_end", "train_images", "data_folder", "threads", mode="before")
-    @classmethod
-    def _or_none(cls, value: object) -> object:
-        """From a command line: none for what a file has and should not be."""
-        return None if value in ("none", "null") else value
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _as_text(cls, value: object) -> object:
-        """From YAML, where 32 is a number."""
-        return str(value) if isinstance(value, int) else value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: object, info: ValidationInfo) -> object:
-        """Where a number or a name belongs, for Python would take True for 1.
-
-        Stands last of those that come before, and so is asked first.
-        """
-        assert info.field_name is not None
-        wrong = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, bool)]
-        if wrong and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError(f"must not be true or false, received {wrong[0]!r}")
-        return value
-
-    @field_validator("network")
-    @classmethod
-    def _known_network(cls, name: str) -> str:
-        return _known(name, NETWORKS)
-
-    @field_validator("data")
-    @classmethod
-    def _known_data(cls, name: str) -> str:
-        return _known(name, DATASETS)
+    def __getattr__(self, name: str) -> Any:
+        """The value of a setting, whichever section it is in."""
+        # In __dict__, since sections are missing while a copy or an unpickled object is being made.
+        section = self.__dict__.get(SETTINGS[name].section) if name in SETTINGS else None
+        return super().__getattr__(name) if section is None else getattr(section, name)  # type: ignore[misc]
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if not self.penalty_begin < self.penalty_end:
-            raise ValueError(
-                "penalty_begin must be less than penalty_end, "
-                f"received {self.penalty_begin} and {self.penalty_end}"
-            )
-        small = self.network in SMALL_IMAGE_NETWORKS
-        ignored = ("pretrained",) if small else ("width", "stem_stride")
-        for name in ignored:
-            if getattr(self, name) != RunConfig.model_fields[name].default:
-                raise ValueError(f"{name} is not a setting of {self.network}")
-        parts = self.devices * self.nodes * self.accumulate
-        if self.batch_size % parts or self.batch_size == parts:
+        parts, batch_size = self._parts_of_a_batch, self.optimization.batch_size
+        if batch_size % parts or batch_size == parts:
             raise ValueError(
                 f"batch_size must be a multiple of devices x nodes x accumulate = {parts}, and larger, "
-                f"received {self.batch_size}"
+                f"received {batch_size}"
             )
         return self
 
     @property
+    def _parts_of_a_batch(self) -> int:
+        return self.machine.processes * self.optimization.accumulate
+
+    @property
     def batch_of_a_device(self) -> int:
-        """Images in a forward pass of one device."""
-        return self.batch_size // (self.devices * self.nodes * self.accumulate)
+        """Number of images in a forward pass of one device."""
+        return self.optimization.batch_size // self._parts_of_a_batch
+
+    @model_serializer(mode="wrap")
+    def _flat(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for section in serialize(self).values() for name, value in section.items()}
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        """Every setting by its name, without sections; ``include`` and ``exclude`` take names of settings."""
+        include, exclude = options.pop("include", None), options.pop("exclude", None) or ()
+        return {
+            name: value
+            for name, value in super().model_dump(**options).items()
+            if (include is None or name in include) and name not in exclude
+        }
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> RunConfig:
+        """The same configuration with other values for some settings, which are checked."""
+        update = dict(update or {})
+        replaced = {name for name, value in update.items() if isinstance(value, Section)}
+        kept = {n: v for n, v in self.model_dump().items() if SETTINGS[n].section not in replaced}
+        return type(self)(**{**kept, **update})
+
+
+def _by_section(settings: Mapping[str, Any]) -> dict[str, Section]:
+    """All sections, those that are given and those made of the settings that are given."""
+    given = {name: value for name, value in settings.items() if isinstance(value, Section) and name in _MAKE}
+    flat: dict[str, dict[str, Any]] = {section: {} for section in _MAKE}
+    for name, value in settings.items():
+        if name in given:
+            continue
+        if name not in SETTINGS:
+            raise ValueError(f"there is no setting {quoted(name)}; there are {', '.join(SETTINGS)}")
+        if SETTINGS[name].section in given:
+            raise ValueError(f"{name} is a setting of the section {SETTINGS[name].section}, received both")
+        flat[SETTINGS[name].section][name] = value
+    return {section: given.get(section) or make(**flat[section]) for section, make in _MAKE.items()}
 
 
 def read_config(path: Path, **settings: Any) -> RunConfig:
-    """A configuration from a YAML file.
+    """A configuration from a YAML file of settings by their names.
 
-    Numbers are what YAML 1.2 and YAML 1.1 agree on: 010, 0x1F, 1_000 and 1:30 are refused, and 5e-4 is a
-    number. Anchors and tags are refused, and so is a setting that is given twice.
+    Numbers are those that YAML 1.2 and YAML 1.1 read alike: 010, 0x1F, 1_000 and 1:30 are refused, and 5e-4
+    is a number. Anchors and tags are refused, and so is a setting that is given twice.
 
     Args:
-        path: the file; settings that it does not have get their defaults.
+        path: the file. Settings that are not in it have their defaults.
         settings: replace those of the file.
 
     Raises:
-        ValueError: in one line that names the file, if it cannot be read or holds what is no setting.
+        ValueError: in one line that names the file, if it cannot be read or contains anything but settings.
     """
     return _config(path, _settings(path, _text(path)), settings)
 
 
 def read_whole_config(path: Path, **settings: Any) -> RunConfig:
-    """A configuration from a file that is whole, and as :func:`write_config` wrote it.
+    """A configuration from a file that is complete and unchanged since :func:`write_config` wrote it.
 
     Args:
         path: the file.
@@ -288,17 +237,18 @@ def read_whole_config(path: Path, **settings: Any) -> RunConfig:
             have every setting.
     """
     text = _text(path)
-    mark = _MARK.match(text)
-    # Earlier versions wrote no mark, and what they wrote begins with a setting.
-    if text.startswith("#") and (mark is None or mark[1] != _checksum(text[mark.end() :])):
+    checksum = _CHECKSUM_LINE.match(text)
+    # Earlier versions wrote no checksum; their files begin with a setting.
+    if text.startswith("#") and (checksum is None or checksum[1] != _checksum(text[checksum.end() :])):
         raise ValueError(
             f"{path}: expected the settings as the run wrote them, but the file was cut off or changed; "
             "what may change when a run goes on is given to --resume as an option"
         )
     content = _settings(path, text)
     config = _config(path, content, settings)
-    # With a mark, what is not there is a setting that there was not when the file was written.
-    missing = [] if mark else [n for n in RunConfig.model_fields if n not in content and n not in _MARKED]
+    # In a file with a checksum, a setting is missing only if it did not exist when the file was written.
+    expected = [] if checksum else [name for name in config.model_dump() if name not in _AFTER_CHECKSUMS]
+    missing = [name for name in expected if name not in content]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
@@ -310,21 +260,21 @@ def read_whole_config(path: Path, **settings: Any) -> RunConfig:
 def write_config(config: RunConfig, path: Path) -> None:
     """Write every setting to a YAML file, from which :func:`read_config` makes the same configuration.
 
-    Its first line is a comment with a checksum of the others, from which :func:`read_whole_config` sees that
-    they are all there.
+    Its first line is a comment with a checksum of the others, by which :func:`read_whole_config` notices that
+    a file was cut off or changed.
 
     Raises:
         OSError: if the file cannot be written; an earlier one is then as it was.
     """
-    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    text = plain_yaml.dump(config.model_dump(mode="json"))
     with replaced(path) as partial:
         partial.write_bytes(f"# sha256 of the settings below: {_checksum(text)}\n{text}".encode())
 
 
-_MARK = re.compile(r"# sha256 of the settings below: ([0-9a-f]{64})\n")
+_CHECKSUM_LINE = re.compile(r"# sha256 of the settings below: ([0-9a-f]{64})\n")
 
-_MARKED = {"threads"}
-"""Settings that are in files with a mark only, since they came with it or later."""
+_AFTER_CHECKSUMS = {"threads"}
+"""Settings that are as old as the checksum line or younger, and thus in no file without one."""
 
 _LARGEST_FILE = 2**16
 
@@ -348,16 +298,9 @@ def _text(path: Path) -> str:
 
 def _settings(path: Path, text: str) -> dict[str, Any]:
     try:
-        content = yaml.load(text, _Loader)
-    except _RefusedError as error:
+        return plain_yaml.load(text)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ValueError(f"{path}: expected a YAML file, received something else") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path}: expected settings as name: value, received {quoted(content)}")
-    return content
 
 
 def _config(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> RunConfig:
@@ -366,84 +309,3 @@ def _config(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> Ru
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return RunConfig(**{**content, **settings})
-
-
-class _RefusedError(yaml.YAMLError):  # type: ignore[misc]
-    """Says in one line what there is in a file that settings have no use for."""
-
-
-class _Ambiguous:
-    """A number that the versions of YAML read differently; the setting that gets it refuses it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return f"{self.text}, which is no plain decimal number"
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML's core schema, of version 1.2, without what makes a short file large or ambiguous."""
-
-    yaml_implicit_resolvers: dict[str | None, Any] = {}
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        line = event.start_mark.line + 1
-        if getattr(event, "anchor", None) is not None:
-            raise _RefusedError(f"expected settings without anchors, received one in line {line}")
-        if getattr(event, "tag", None) is not None:
-            raise _RefusedError(f"expected settings without tags, received one in line {line}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if key.value in names:
-                line = key.start_mark.line + 1
-                raise _RefusedError(
-                    f"expected each setting once, received {quoted(key.value)} again in line {line}"
-                )
-            if isinstance(key, yaml.ScalarNode):
-                names.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes each text that the loader would take for something else."""
-
-    yaml_implicit_resolvers: dict[str | None, Any] = {}
-
-
-# The first that matches decides. A text that YAML 1.1 would read as a time or a date stays a text.
-_PLAIN = {
-    "tag:yaml.org,2002:null": "~|null|Null|NULL|",
-    "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
-    "tag:yaml.org,2002:int": "[-+]?(0|[1-9][0-9]{0,17})",
-    "!ambiguous": "[-+]?(0[0-9]+|[0-9]{19,}|0[box][0-9a-fA-F_]+|[0-9][0-9._]*_[0-9._]*([eE][-+]?[0-9]+)?)",
-    "tag:yaml.org,2002:float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-    ),
-}
-for _tag, _pattern in _PLAIN.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
-_Loader.add_constructor("!ambiguous", lambda loader, node: _Ambiguous(node.value))
-
-
-def _known(name: str, names: tuple[str, ...]) -> str:
-    if name not in names:
-        raise ValueError(f"must be one of {', '.join(names)}, received {quoted(name)}")
-    return name
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first complaint, with the setting and what was received."""
-    first = error.errors()[0]
-    name = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        return f"there is no setting {quoted(name)}; there are {', '.join(RunConfig.model_fields)}"
-    if first["type"] == "value_error":
-        return f"{name} {first['ctx']['error']}".strip()
-    message = first["msg"]
-    return f"{name}: {message[0].lower()}{message[1:]}, received {quoted(first['input'])}"

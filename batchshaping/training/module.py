@@ -1,8 +1,7 @@
-"""What Lightning trains: the network, its objective, its optimizer, and what is remembered of each epoch."""
+"""What Lightning trains: a network and its objective, with their optimizer, and the data in batches."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,10 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from batchshaping.batch_shaping_loss import batch_shaping
-from batchshaping.channel_gating.blocks import gate_resnet
 from batchshaping.channel_gating.multiply_adds import MultiplyAdds
-from batchshaping.channel_gating.resnets import SmallImageResNet
 from batchshaping.gates import (
     Gate,
     gate_decisions,
@@ -24,160 +20,137 @@ from batchshaping.gates import (
     l0_penalty,
     straight_through_decisions,
 )
-from batchshaping.priors import Beta
-from batchshaping.training.config import SMALL_IMAGE_NETWORKS, RunConfig
+from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Batch, Data, Images, batches, shift_and_flip
 from batchshaping.training.evaluation import Evaluation
-from batchshaping.training.schedules import Cosine, Ramp, Schedule, Steps
+from batchshaping.training.objective import Objective
+from batchshaping.training.schedules import Cosine, Schedule, Steps
+from batchshaping.training.sections import DataSettings, OptimizationSettings
 
 __all__ = ["DataModule", "GatedClassifier", "make_network"]
 
 
 def make_network(config: RunConfig, classes: int, channels: int) -> nn.Module:
-    """The network that a configuration names, gated if it says so.
+    """The network of a configuration, for images of any size that it takes.
 
     Args:
         config: the configuration.
         classes: number of outputs.
-        channels: channels of the images.
+        channels: number of channels of the images.
 
     Example:
         >>> network = make_network(RunConfig(network="resnet8", width=8), classes=10, channels=1)
         >>> network(torch.randn(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
-    network: nn.Module
-    if config.network in SMALL_IMAGE_NETWORKS:
-        depth = SMALL_IMAGE_NETWORKS[config.network]
-        network = SmallImageResNet(depth, classes, channels, config.width, config.stem_stride)
-    else:
-        from torchvision.models import get_model
-
-        try:
-            resnet = get_model(config.network, weights="DEFAULT" if config.pretrained else None)
-        except OSError as error:
-            raise ValueError(f"pretrained: the download of the weights failed: {error}") from None
-        if channels != resnet.conv1.in_channels:
-            first = resnet.conv1
-            resnet.conv1 = nn.Conv2d(
-                channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=False
-            )
-        if resnet.fc.out_features != classes:
-            resnet.fc = nn.Linear(resnet.fc.in_features, classes)
-        network = resnet
-    return gate_resnet(network, config.hidden, config.gate_bias) if config.gated else network
+    size = config.data.image_size
+    return config.network.build(classes, (channels, size, size))
 
 
 class GatedClassifier(pl.LightningModule):
-    """A network that is trained to classify, and its gates to be conditional and few.
+    """A network that is trained to classify images; its gates, if it has any, to meet an objective.
 
     Args:
-        config: every setting.
+        network: gives logits of images. It may have gates.
+        cost: its multiply-adds.
+        objective: maps the gates' probabilities, the costs and the progress of training to losses by their
+            names, and gives the scale of the gates' noise. Its parameters are trained with the gates'.
+        optimization: how the weights are trained.
         data: the data set.
 
     Attributes:
-        history: what there is to tell of each epoch, in what JSON has; part of every checkpoint.
+        history: metrics of each epoch, which can be written as JSON. They are part of every checkpoint.
+
+    Raises:
+        ValueError: in one line, if the budget of the objective is less than what the network costs with all
+            gates closed.
     """
 
-    def __init__(self, config: RunConfig, data: Data) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        cost: MultiplyAdds,
+        objective: Objective,
+        optimization: OptimizationSettings,
+        data: Data,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.network = network
+        self.cost = cost
+        self.objective = objective
+        self.optimization = optimization
         self.data = data
-        self.network = make_network(config, len(data.classes), data.shape[0])
-        self._gates = [module for module in self.network.modules() if isinstance(module, Gate)]
-        self.cost = MultiplyAdds(self.network, torch.zeros(1, *data.shape))
-        least = self.cost.fixed / self.cost.dense
-        if config.gated and config.penalized == "multiply-adds" and 0 < config.budget < least:
-            raise ValueError(
-                f"budget must be 0 or at least {least:.3g}, the share of the multiply-adds that no gate can "
-                f"save, received {config.budget}"
-            )
-        self.prior = Beta(*config.prior)
-        self.gamma = Ramp(config.shaping, 0.0, 0.0, config.shaping_end)
-        self.lambda_ = Ramp(0.0, config.penalty, config.penalty_begin, config.penalty_end)
-        self.noise = Ramp(1.0, 1.0 if config.noise_end is None else 0.0, 0.0, config.noise_end or 1.0)
+        self._gates = [module for module in network.modules() if isinstance(module, Gate)]
+        if self._gates:
+            objective.check_budget(cost.fixed / cost.dense)
         self.history: list[dict[str, Any]] = []
         self._evaluation: Evaluation | None = None
         self._loss = torch.zeros(())
 
     @property
     def progress(self) -> float:
-        """The share of training that is done."""
+        """Share of training that is done, in [0, 1]."""
         return self.global_step / self.trainer.estimated_stepping_batches
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)  # type: ignore[no-any-return]
 
     def on_train_epoch_start(self) -> None:
-        # All chance in an epoch follows from this, so that a run can go on from the end of any epoch.
-        torch.manual_seed(_seed(self.config.seed, self.current_epoch, self.global_rank))
+        # All random numbers of an epoch follow from this, so that a run can go on from the end of any epoch.
+        torch.manual_seed(_seed(self.optimization.seed, self.current_epoch, self.global_rank))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        noise = self.noise(self.progress)
+        noise = self.objective.noise(self.progress)
         for gate in self._gates:
             gate.noise.fill_(noise)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self.network(images)
-        parts = {"cross_entropy": F.cross_entropy(logits, labels)}
-        if self.config.gated:
-            parts |= self._gate_terms()
-        loss = torch.stack([*parts.values()]).sum()
+        losses = {"cross_entropy": F.cross_entropy(logits, labels)}
+        if self._gates:
+            losses |= self.objective(gate_probabilities(self.network), self._costs(), self.progress)
+        loss = torch.stack([*losses.values()]).sum()
         self._loss = loss.detach()
-        # Not at every step: for a small network, telling costs as much as computing.
-        if (self.global_step + 1) % self.config.log_every == 0:
+        # Not at every step, since for a small network the log takes as long as the step itself.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
             self.log_dict(
-                {"loss": loss.detach(), **{n: p.detach() for n, p in parts.items()}}, sync_dist=True
+                {"loss": loss.detach(), **{n: p.detach() for n, p in losses.items()}}, sync_dist=True
             )
             accuracy = (logits.argmax(dim=1) == labels).float().mean()
             shown = {"accuracy": accuracy, "open": self._open(), "MMACs": self._spent() / 1e6}
             self.log_dict(shown, prog_bar=True, sync_dist=True)
         return loss
 
-    def _gate_terms(self) -> dict[str, Tensor]:
-        """What the objective adds to the cross-entropy."""
-        gamma, lambda_ = self.gamma(self.progress), self.lambda_(self.progress)
-        terms = {}
-        if gamma > 0:
-            shape = partial(batch_shaping, prior=self.prior, dim=0)
-            if self.trainer.world_size > 1:
-                shape = partial(shape, group="world")
-            shaping = [shape(p) for p in gate_probabilities(self.network)]
-            terms["batch_shaping"] = gamma * torch.stack(shaping).sum()
-        if lambda_ > 0:
-            # What was spent, not what would be expected under the full noise: that would let the network end
-            # above its budget once the noise is gone.
-            cost = _COSTS[self.config.penalized](self, straight_through_decisions(self.network))
-            # All ranks together are above the budget or not, as one process would be.
-            above = self.trainer.strategy.reduce(cost.detach(), reduce_op="mean") - self.config.budget
-            terms["penalty"] = lambda_ * (above > 0) * (cost - self.config.budget)
-        return terms
-
-    def _multiply_adds(self, gates: list[Tensor]) -> Tensor:
-        return self.cost.per_example(gates).mean() / self.cost.dense
-
-    def _open_gates(self, gates: list[Tensor]) -> Tensor:
-        return l0_penalty(gates)
+    def _costs(self) -> dict[str, Tensor]:
+        """Costs of the last batch by their names, as shares of the costs with all gates open."""
+        decisions = straight_through_decisions(self.network)
+        return {
+            "multiply-adds": self.cost.per_example(decisions).mean() / self.cost.dense,
+            "open-gates": l0_penalty(decisions),
+        }
 
     @torch.no_grad()
     def _spent(self) -> Tensor:
-        return self.cost.per_example(gate_decisions(self.network) if self.config.gated else []).mean()
+        """Mean multiply-adds of an image of the last batch."""
+        return self.cost.per_example(gate_decisions(self.network) if self._gates else []).mean()
 
     @torch.no_grad()
     def _open(self) -> Tensor:
-        return l0_penalty(gate_decisions(self.network)) if self.config.gated else torch.ones(())
+        """Share of gates that were open for the last batch."""
+        return l0_penalty(gate_decisions(self.network)) if self._gates else torch.ones(())
 
     def on_train_epoch_end(self) -> None:
         self._refuse_divergence()
         self.log("threads", float(torch.get_num_threads()), rank_zero_only=True)
 
     def _refuse_divergence(self) -> None:
-        # Once an epoch, since reading a number makes a device wait.
+        # Once in an epoch, since to read a number is to wait for the device.
         if not self._loss.isfinite():
             raise ValueError(
                 f"learning_rate: the loss became {self._loss.item()} in epoch {self.current_epoch + 1}; "
-                f"a lower one than {self.config.learning_rate} may keep it finite"
+                f"a lower one than {self.optimization.learning_rate} may keep it finite"
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -191,69 +164,62 @@ class GatedClassifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         assert self._evaluation is not None
-        self._evaluation.reduce(self._add_up)
+        self._evaluation.reduce(self._sum_over_ranks)
         summary = self._evaluation.summary()
         self.log("test_accuracy", summary["accuracy"], prog_bar=True, rank_zero_only=True)
         self.log("test_MMACs", summary["multiply_adds"] / 1e6, prog_bar=True, rank_zero_only=True)
-        self.history.append(
-            {
-                "epoch": self.current_epoch + 1,
-                "shaping": self.gamma(self.progress),
-                "penalty": self.lambda_(self.progress),
-                "noise": self.noise(self.progress),
-                **summary,
-            }
-        )
+        weights = self.objective.weights(self.progress)
+        self.history.append({"epoch": self.current_epoch + 1, **weights, **summary})
 
-    def _add_up(self, sums: Tensor) -> Tensor:
-        added = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        return added.to(sums)
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+        return total.to(sums)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = self.history
-        checkpoint["config"] = self.config.model_dump(mode="json")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = checkpoint["history"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        config = self.config
+        settings = self.optimization
         gates = [parameter for gate in self._gates for parameter in gate.parameters()]
         in_gates = set(gates)
         groups = [
             {
                 "params": [p for p in self.network.parameters() if p not in in_gates],
-                "lr": config.learning_rate,
-                "weight_decay": config.weight_decay,
+                "lr": settings.learning_rate,
+                "weight_decay": settings.weight_decay,
             },
-            {"params": gates, "lr": config.gate_learning_rate, "weight_decay": 0.0},
+            {"params": gates, "lr": settings.gate_learning_rate, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-        schedules: dict[str, Schedule] = {"steps": Steps(config.milestones), "cosine": Cosine()}
-        schedule = schedules[config.schedule]
+        learned = [*self.objective.parameters()]
+        if learned:  # without an empty group, optimizers of earlier versions can be restored
+            groups.append({"params": learned, "lr": settings.gate_learning_rate, "weight_decay": 0.0})
+        optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.momentum > 0)
+        schedules: dict[str, Schedule] = {"steps": Steps(settings.milestones), "cosine": Cosine()}
+        schedule = schedules[settings.schedule]
         steps = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-_COSTS = {
-    "multiply-adds": GatedClassifier._multiply_adds,
-    "open-gates": GatedClassifier._open_gates,
-}
 
 
 class DataModule(pl.LightningDataModule):
     """Gives each rank its part of every batch.
 
     Args:
-        config: every setting.
         data: the data set.
+        settings: whether training images are augmented, and how many processes load them.
+        batch_size: number of images in a batch of one rank.
+        seed: seed of the order of the training images.
     """
 
-    def __init__(self, config: RunConfig, data: Data) -> None:
+    def __init__(self, data: Data, settings: DataSettings, batch_size: int, seed: int) -> None:
         super().__init__()
-        self.config = config
         self.data = data
+        self.settings = settings
+        self.batch_size = batch_size
+        self.seed = seed
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = _trainer(self)
@@ -261,7 +227,7 @@ class DataModule(pl.LightningDataModule):
             self.data.train,  # type: ignore[arg-type]
             trainer.world_size,
             trainer.global_rank,
-            seed=self.config.seed,
+            seed=self.seed,
             drop_last=True,
         )
         sampler.set_epoch(trainer.current_epoch)
@@ -274,22 +240,22 @@ class DataModule(pl.LightningDataModule):
 
     def _loader(self, images: Images, sampler: Any) -> DataLoader[Batch]:
         trainer = _trainer(self)
-        seed = _seed(self.config.seed, trainer.current_epoch, trainer.global_rank)
         training = isinstance(sampler, DistributedSampler)
         return batches(
             images,
-            self.config.batch_of_a_device,
-            seed=seed,  # what workers draw follows from the epoch too
+            self.batch_size,
+            # The epoch is in the seed, so that images are augmented differently in each.
+            seed=_seed(self.seed, trainer.current_epoch, trainer.global_rank),
             sampler=sampler,
             drop_last=training,
-            num_workers=self.config.workers,
+            num_workers=self.settings.workers,
             pin_memory=torch.cuda.is_available(),
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         images, labels = batch
         trainer = _trainer(self)
-        if trainer.training and self.config.augment and (self.data.padding or self.data.flip):
+        if trainer.training and self.settings.augment and (self.data.padding or self.data.flip):
             images = shift_and_flip(images, self.data.padding, self.data.flip)
         return self.data.normalize(images).to(trainer.lightning_module.dtype), labels
 
@@ -300,5 +266,5 @@ def _trainer(module: DataModule) -> pl.Trainer:
 
 
 def _seed(*numbers: int) -> int:
-    """One seed from several numbers, such that close ones have nothing in common."""
+    """One seed made of several numbers, unrelated to the seeds made of similar numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,10 +1,10 @@
-"""A run and its folder: train, be interrupted, go on, evaluate.
+"""A run and its folder: train, go on after an interruption, evaluate.
 
-A folder holds
+A folder contains
 
 ========================== ==========================================================================
 ``config.yaml``            every setting, from which the run can be repeated
-``history.json``           what there is to tell of each epoch
+``history.json``           metrics of each epoch
 ``checkpoint.safetensors`` the state at the end of the last epoch, from which the run goes on
 ``model.safetensors``      the trained weights
 ``result.json``            everything that the report shows
@@ -12,96 +12,103 @@ A folder holds
 ========================== ==========================================================================
 
 Each file is written as a whole or not at all, and by one process at a time. Configuration, checkpoint,
-weights and result have a checksum: a file that was cut off or changed is refused, and never gives another
-result. Those of earlier versions have none, and are read as they are.
+weights and result have a checksum, so that a file that was cut off or changed is refused and never gives
+another result. Files of earlier versions without a checksum are read as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 import batchshaping
-from batchshaping.files import created, only_writer, replaced
-from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint, read_tensors, write_tensors
+from batchshaping.channel_gating.multiply_adds import MultiplyAdds
+from batchshaping.files import created, only_writer
+from batchshaping.training.checkpoints import read_checkpoint, read_tensors, write_tensors
 from batchshaping.training.config import MAY_CHANGE, RunConfig, read_whole_config, write_config
-from batchshaping.training.data import Data, load_data
+from batchshaping.training.data import Data, DataError, load_data
 from batchshaping.training.evaluation import evaluate
-from batchshaping.training.module import DataModule, GatedClassifier, make_network
+from batchshaping.training.module import DataModule, GatedClassifier
+from batchshaping.training.objective import Objective
 from batchshaping.training.threads import suitable_threads, using_threads
+from batchshaping.training.trainer import CHECKPOINT, HISTORY, make_trainer, silenced, write_json
 
-__all__ = ["RunError", "evaluate_run", "load_run", "read_result", "resume", "train"]
+__all__ = [
+    "RunError",
+    "evaluate_run",
+    "load_run",
+    "make_classifier",
+    "make_data_module",
+    "read_result",
+    "resume",
+    "train",
+]
 
 CONFIG = "config.yaml"
-HISTORY = "history.json"
-CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
 RESULT = "result.json"
 
 
 class RunError(Exception):
-    """Says in one line what is wrong with a folder of a run."""
+    """The folder of a run cannot be used; the message says in one line why."""
 
 
 def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[str, Any]:
     """Train a network and evaluate it.
 
     Args:
-        config: every setting.
-        output: the folder of the run, made if need be; see above for what it will hold.
-        progress: whether to show how far the training is.
+        config: the configuration.
+        output: the folder of the run, made if it does not exist; see above for the files in it.
+        progress: whether to show a progress bar.
 
     Returns:
-        The result, as ``result.json`` holds it. Ranks other than the first get an empty one.
+        The result, as in ``result.json``. Ranks other than the first get an empty one.
 
     Raises:
-        RunError: if the folder holds a run already, or another process is writing to it.
-        DataError: if the data is not what it should be.
-        ValueError: if the budget cannot be reached, or the machine has no such devices.
+        RunError: if the folder contains a run already, or another process is writing to it.
+        DataError: if the data cannot be used.
+        ValueError: if the budget cannot be met, or the machine has no such devices.
     """
-    module, trainer = _module(config), _trainer(config, output, progress)
+    training = _Training.of(config, output, progress)
     with _held(output):
         _begin(config, output)
-        return _fit(trainer, module, output, None)
+        return training.fit()
 
 
 def resume(output: Path, *, progress: bool = False, **settings: Any) -> dict[str, Any]:
-    """Go on with a run that was interrupted, to the result it would have had.
+    """Go on with an interrupted run, to the result that it would have had without the interruption.
 
     Args:
         output: the folder of the run.
-        progress: whether to show how far the training is.
-        settings: replace those of the run; those in :data:`~batchshaping.training.config.MAY_CHANGE` only.
+        progress: whether to show a progress bar.
+        settings: replace those of the run; only those in :data:`~batchshaping.training.config.MAY_CHANGE`.
 
     Returns:
-        The result, as ``result.json`` holds it; at once if the run is finished.
+        The result, as in ``result.json``; if the run is finished, without training.
 
     Raises:
-        RunError: if the folder holds no run, or a file that was cut off or changed, or the state of another
-            run; or if another process is writing to it; or if other settings are given.
+        RunError: if the folder contains no run, a file that was cut off or changed, or the state of another
+            run; if another process is writing to it; or if other settings are given.
         ValueError: if ``config.yaml`` was cut off or changed, or does not have every setting.
     """
     config = _config(output, **settings)
     _refuse_changes(config, _config(output).model_dump(mode="json"), output)
-    # A link to nothing is something that cannot be read, and not a run that has only begun.
+    # A broken link counts as a file that cannot be read, not as one that is not there yet.
     if os.path.lexists(output / RESULT):
         result = read_result(output)
         _refuse_changes(config, result["config"], output)
@@ -110,7 +117,7 @@ def resume(output: Path, *, progress: bool = False, **settings: Any) -> dict[str
         restored = _Restored(output / CHECKPOINT) if os.path.lexists(output / CHECKPOINT) else None
         if restored is not None:
             _refuse_changes(config, restored.config, output)
-        return _fit(_trainer(config, output, progress), _module(config), output, restored)
+        return _Training.of(config, output, progress).fit(restored)
 
 
 def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
@@ -121,11 +128,11 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
         settings: replace those of the run, such as ``data_folder`` or ``threads``.
 
     Returns:
-        The figures of :func:`~batchshaping.training.evaluation.evaluate`.
+        The metrics of :func:`~batchshaping.training.evaluation.evaluate`.
 
     Raises:
-        RunError: if the folder holds no trained network.
-        DataError: if the data is not what it should be.
+        RunError: if the folder contains no trained network.
+        DataError: if the data cannot be used.
     """
     return evaluate(*load_run(output, **settings), threads=_config(output, **settings).threads)
 
@@ -138,12 +145,12 @@ def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
         settings: replace those of the run, such as ``data_folder``.
 
     Raises:
-        RunError: if the folder holds no trained network.
-        DataError: if the data is not what it should be.
+        RunError: if the folder contains no trained network.
+        DataError: if the data cannot be used.
     """
     config = _config(output, **settings)
-    data = load_data(config)
-    network = make_network(config, len(data.classes), data.shape[0])
+    data = load_data(config.data)
+    network = config.network.build(len(data.classes), data.shape)
     path = output / MODEL
     try:
         weights, _ = read_tensors(path)
@@ -161,7 +168,7 @@ def read_result(output: Path) -> dict[str, Any]:
     """The result of a run.
 
     Args:
-        output: the folder of the run, or a file like the ``result.json`` in it.
+        output: the folder of the run, or a file such as the ``result.json`` in it.
 
     Raises:
         RunError: in one line, if it cannot be read.
@@ -172,7 +179,7 @@ def read_result(output: Path) -> dict[str, Any]:
             text = file.read(_LARGEST_RESULT + 1)
         if len(text) > _LARGEST_RESULT:
             raise RunError(f"{path}: expected a result of at most {_LARGEST_RESULT} bytes, received more")
-        # An integer that no float reaches is infinite, as other numbers of its size are.
+        # An integer too large for a float is read as infinity, as a float of this size would be.
         result: dict[str, Any] = json.loads(
             text.decode(), parse_int=lambda n: int(n) if len(n) < 100 else float(n)
         )
@@ -189,27 +196,27 @@ def read_result(output: Path) -> dict[str, Any]:
     return result
 
 
-# More than that of a thousand classes and ten thousand gates.
+# In bytes; more than the result of a run with a thousand classes and ten thousand gates.
 _LARGEST_RESULT = 2**27
 
 _CHECKSUM = "sha256"
 
 
 def _checksum(result: dict[str, Any]) -> str:
-    """Of all but how long it took, so that the same training gives the same."""
+    """The checksum of everything but the duration, so that equal trainings have equal checksums."""
     facts = {name: value for name, value in result.items() if name != "seconds"}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
-    """With a data folder that is the same whatever the current folder is."""
-    folder = config.data_folder
+    """The same configuration with an absolute data folder."""
+    folder = config.data.data_folder
     return config if folder is None else config.model_copy(update={"data_folder": folder.resolve()})
 
 
 def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path) -> None:
     settings = config.model_dump(mode="json")
-    # What the run did not begin with is a setting that there was not when it did.
+    # A setting that the run did not begin with is one that did not exist then.
     changed = [n for n, v in settings.items() if n not in MAY_CHANGE and began_with.get(n, v) != v]
     if changed:
         raise RunError(
@@ -219,7 +226,10 @@ def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path)
 
 @contextmanager
 def _held(output: Path) -> Iterator[None]:
-    """Let no other run write to a folder, which is made if need be; the first process holds it for all."""
+    """Make a folder if it does not exist, and keep other runs from writing to it.
+
+    The first rank does so for all.
+    """
     with ExitStack() as stack:
         if _is_first_rank():
             try:
@@ -237,14 +247,14 @@ def _held(output: Path) -> Iterator[None]:
 
 
 def _begin(config: RunConfig, output: Path) -> None:
-    """Make a folder that of a run; the first process does so for all."""
+    """Write the configuration, with which a folder becomes that of a run; the first rank does so for all."""
     if not _is_first_rank():
         return
     present = [n for n in (CONFIG, HISTORY, CHECKPOINT, MODEL, RESULT) if os.path.lexists(output / n)]
     if present and CONFIG not in present:
         raise RunError(f"{output} already holds {', '.join(present)}; choose another folder")
     try:
-        # Whoever makes this file has the folder, and whoever sees it sees all of it.
+        # The process that creates this file has the folder, and the file appears as a whole.
         with created(output / CONFIG) as partial:
             write_config(_from_anywhere(config), partial)
     except FileExistsError:
@@ -254,7 +264,7 @@ def _begin(config: RunConfig, output: Path) -> None:
 
 
 def _is_first_rank() -> bool:
-    """Whether this process is the first of all, which is told by Lightning before it has a trainer."""
+    """Whether this process is the first rank, which Lightning knows before there is a trainer."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -264,136 +274,122 @@ def _config(output: Path, **settings: Any) -> RunConfig:
     return read_whole_config(output / CONFIG, **settings)
 
 
-def _module(config: RunConfig) -> GatedClassifier:
-    data = load_data(config)
-    torch.manual_seed(config.seed)
-    return GatedClassifier(config, data)
+def make_classifier(config: RunConfig, data: Data) -> GatedClassifier:
+    """What a configuration trains: network, cost and objective; PyTorch's generator is seeded for it.
+
+    Args:
+        config: the configuration.
+        data: the data set.
+
+    Raises:
+        ValueError: if the budget cannot be met, or pretrained weights cannot be downloaded.
+    """
+    torch.manual_seed(config.optimization.seed)
+    network = config.network.build(len(data.classes), data.shape)
+    cost = MultiplyAdds(network, torch.zeros(1, *data.shape))
+    objective = Objective(config.objective, across_ranks=config.machine.processes > 1)
+    return GatedClassifier(network, cost, objective, config.optimization, data)
 
 
-def _trainer(config: RunConfig, output: Path, progress: bool) -> pl.Trainer:
-    try:
-        with _quiet():
-            trainer = pl.Trainer(
-                accelerator=config.accelerator,
-                devices=config.devices,
-                num_nodes=config.nodes,
-                strategy="ddp" if config.devices * config.nodes > 1 else "auto",
-                precision=config.precision,
-                max_epochs=config.epochs,
-                accumulate_grad_batches=config.accumulate,
-                sync_batchnorm=config.sync_batch_norm,
-                check_val_every_n_epoch=config.evaluate_every,
-                log_every_n_steps=1,  # when to log is up to the module
-                logger=_LOGGERS[config.logger](output),
-                callbacks=[*_callbacks(output), *[_OneBar(leave=False)] * progress],
-                plugins=[SafeCheckpoints()],
-                enable_progress_bar=progress,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                # Each epoch's own seed is given to what loads the images.
-                reload_dataloaders_every_n_epochs=1,
-            )
-    except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    if config.sync_batch_norm and trainer.strategy.root_device.type == "cpu":
-        raise ValueError("sync_batch_norm needs GPUs, received the CPU")
-    return trainer
+def make_data_module(config: RunConfig, data: Data) -> DataModule:
+    """The batches in which a configuration trains.
+
+    Args:
+        config: the configuration.
+        data: the data set.
+
+    Raises:
+        DataError: if there are fewer training images than in a batch.
+    """
+    batch_size, images = config.optimization.batch_size, len(data.train)
+    if images < batch_size:
+        raise DataError(
+            f"batch_size must be at most the number of training images, {images}, received {batch_size}"
+        )
+    return DataModule(data, config.data, config.batch_of_a_device, config.optimization.seed)
 
 
-def _fit(
-    trainer: pl.Trainer, module: GatedClassifier, output: Path, restored: _Restored | None
-) -> dict[str, Any]:
-    started = time.monotonic()
-    config = module.config
-    threads = config.threads or suitable_threads(
-        module.network,
-        module.cost.dense * config.batch_of_a_device,
-        trainer.strategy.root_device,
-        config.devices,
-    )
-    going_on = restored.into(trainer) if restored else nullcontext()
-    with _quiet(), _written_to(output), using_threads(threads), going_on:
-        try:
-            path = restored.path if restored else None
-            trainer.fit(module, DataModule(config, module.data), ckpt_path=path)
-        except SystemExit:  # how Lightning ends a training that was interrupted
-            if not trainer.interrupted:
-                raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if trainer.global_rank > 0:
-        return {}
-    # Where it was trained; Lightning gives it back on the CPU.
-    device = trainer.strategy.root_device
-    network = module.network.to(device, torch.float64 if config.precision == "64" else torch.float32)
-    result = {
-        "config": config.model_dump(mode="json"),
-        "versions": {
-            "batchshaping": batchshaping.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "threads": threads,
-        "classes": list(module.data.classes),
-        "seconds": round(time.monotonic() - started, 1),
-        **evaluate(network, module.data, workers=config.workers, device=device, threads=config.threads),
-        "history": module.history,
-    }
-    with _written_to(output):
-        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        write_tensors(weights, output / MODEL)
-        _write_json({**result, _CHECKSUM: _checksum(result)}, output / RESULT)
-    return result
+@dataclass(frozen=True)
+class _Training:
+    """A training that is about to start."""
 
+    config: RunConfig
+    module: GatedClassifier
+    batches: DataModule
+    trainer: pl.Trainer
+    output: Path
 
-def _no_logger(output: Path) -> bool:
-    return False
+    @classmethod
+    def of(cls, config: RunConfig, output: Path, progress: bool) -> _Training:
+        data = load_data(config.data)
+        batches = make_data_module(config, data)
+        module, trainer = make_classifier(config, data), make_trainer(config, output, progress)
+        return cls(config, module, batches, trainer, output)
 
+    def fit(self, restored: _Restored | None = None) -> dict[str, Any]:
+        """Train to the end, from the start or from a checkpoint, and write weights and result.
 
-_LOGGERS: dict[str, Any] = {
-    "csv": lambda output: CSVLogger(output, name="logs"),
-    "tensorboard": lambda output: TensorBoardLogger(output, name="logs"),
-    "none": _no_logger,
-}
+        Returns:
+            The result. Ranks other than the first get an empty one.
+        """
+        started = time.monotonic()
+        threads = self._threads()
+        going_on = restored.into(self.trainer) if restored else nullcontext()
+        with silenced(), _written_to(self.output), using_threads(threads), going_on:
+            try:
+                path = restored.path if restored else None
+                self.trainer.fit(self.module, self.batches, ckpt_path=path)
+            except SystemExit:  # raised by Lightning when the training was interrupted
+                if not self.trainer.interrupted:
+                    raise
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        if self.trainer.global_rank > 0:
+            return {}
+        result = self._result(threads, started)
+        with _written_to(self.output):
+            weights = {name: value.contiguous() for name, value in self.module.network.state_dict().items()}
+            write_tensors(weights, self.output / MODEL)
+            write_json({**result, _CHECKSUM: _checksum(result)}, self.output / RESULT)
+        return result
 
+    def _threads(self) -> int:
+        return self.config.machine.threads or suitable_threads(
+            self.module.network,
+            self.module.cost.dense * self.config.batch_of_a_device,
+            self.trainer.strategy.root_device,
+            self.config.machine.devices,
+        )
 
-def _callbacks(output: Path) -> list[Callback]:
-    checkpoints = ModelCheckpoint(
-        output, Path(CHECKPOINT).stem, enable_version_counter=False, save_on_train_epoch_end=True
-    )
-    checkpoints.FILE_EXTENSION = Path(CHECKPOINT).suffix
-    return [checkpoints, _WriteHistory(output / HISTORY)]
-
-
-class _OneBar(TQDMProgressBar):
-    """A bar for each epoch of training, with what the network can do and what it spends."""
-
-    def init_validation_tqdm(self) -> Tqdm:
-        bar = super().init_validation_tqdm()
-        bar.disable = True
-        return bar
-
-    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
-class _WriteHistory(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, GatedClassifier)
-        _write_json(module.history, self.path)
+    def _result(self, threads: int, started: float) -> dict[str, Any]:
+        config, data = self.config, self.module.data
+        # Lightning moves the network to the CPU after training; it is evaluated where it was trained.
+        device = self.trainer.strategy.root_device
+        dtype = torch.float64 if config.machine.precision == "64" else torch.float32
+        network = self.module.network.to(device, dtype)
+        return {
+            "kind": config.network.kind,
+            "reference": {"name": config.network.reference, "multiply_adds": self.module.cost.dense},
+            "config": config.model_dump(mode="json"),
+            "versions": {
+                "batchshaping": batchshaping.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "threads": threads,
+            "classes": list(data.classes),
+            "seconds": round(time.monotonic() - started, 1),
+            **evaluate(
+                network, data, workers=config.data.workers, device=device, threads=config.machine.threads
+            ),
+            "history": self.module.history,
+        }
 
 
 class _Restored(Callback):
-    """A checkpoint to go on from, whose state is seen to be whole before the first step.
+    """A checkpoint to go on from, checked to be complete before the first step.
 
-    Lightning takes parts that are missing for new ones, and an optimizer takes state of any shape.
+    Lightning itself replaces missing parts by new ones, and an optimizer accepts state of any shape.
 
     Args:
         path: the checkpoint.
@@ -438,7 +434,7 @@ class _Restored(Callback):
 
     @contextmanager
     def into(self, trainer: pl.Trainer) -> Iterator[None]:
-        """Say in one line what keeps Lightning from going on from the checkpoint."""
+        """Turn the errors of Lightning at restoring the checkpoint into one line."""
         trainer.callbacks.append(self)  # type: ignore[attr-defined]
         try:
             yield
@@ -462,7 +458,7 @@ class _Restored(Callback):
             raise self._error("the history of other epochs")
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Lightning has made the optimizers and not restored them yet.
+        # Lightning has made the optimizers, and has not restored them yet.
         self._settings = _constants(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -473,7 +469,7 @@ class _Restored(Callback):
             raise self._error("other settings of the optimizer")
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                # A step is skipped where gradients overflow in half precision.
+                # In half precision, steps whose gradients overflow are skipped.
                 if group["momentum"] and trainer.precision != "16-mixed":
                     shapes = [_shape(optimizer.state[p].get("momentum_buffer")) for p in group["params"]]
                     if shapes != [p.shape for p in group["params"]]:
@@ -482,7 +478,7 @@ class _Restored(Callback):
 
 
 def _constants(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """Of each group of parameters, what training does not change."""
+    """What training does not change, of each group of parameters."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return [{**group, "params": len(group["params"]), "lr": "lr" in group} for group in groups]
 
@@ -491,33 +487,10 @@ def _shape(value: object) -> torch.Size | None:
     return value.shape if isinstance(value, torch.Tensor) else None
 
 
-def _write_json(content: Any, path: Path) -> None:
-    with replaced(path) as partial:
-        partial.write_text(json.dumps(content), encoding="utf-8")
-
-
 @contextmanager
 def _written_to(output: Path) -> Iterator[None]:
-    """Say in one line what keeps the folder from being written to."""
+    """Turn the errors of writing to the folder into one line."""
     try:
         yield
     except OSError as error:
         raise RunError(f"{output}: {error.strerror or error}; the run can be resumed") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning says of its own business."""
-    loggers = [
-        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -16,15 +16,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, DataError, load_data, shift_and_flip
+from batchshaping.training.sections import DataSettings
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 RANDOM = np.random.default_rng(0)
 
 
 def load(name: str, folder: Path | None = None, **settings: Any) -> Data:
-    return load_data(RunConfig(**{"data": name, "data_folder": folder, "batch_size": 2, **settings}))
+    return load_data(DataSettings(data=name, data_folder=folder, **settings))
 
 
 def refused(name: str, folder: Path | None = None, **settings: Any) -> str:
@@ -61,7 +61,7 @@ def test_the_digits_are_those_of_scikit_learn_apart_and_in_equal_shares() -> Non
     assert len(test) == 450
     for digit in range(10):
         assert abs((test_labels == digit).sum() - (original.target == digit).mean() * 450) < 1
-    again = load("digits", seed=1)
+    again = load("digits")
     assert torch.equal(everything(again.train)[0], train) and torch.equal(everything(again.test)[0], test)
 
 
@@ -93,9 +93,6 @@ def test_fewer_training_images_are_some_of_all() -> None:
 
 def test_more_images_than_there_are_are_refused() -> None:
     assert refused("digits", train_images=1348).endswith("train_images must be at most 1347, received 1348")
-    line = "batch_size must be at most the number of training images, 100, received 101"
-    assert refused("digits", train_images=100, batch_size=101) == line
-    assert len(load("digits", train_images=100, batch_size=100).train) == 100
 
 
 # Fashion-MNIST

@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from batchshaping.cli import app
-from batchshaping.training.config import RunConfig, read_config
+from batchshaping.training.config import SETTINGS, RunConfig, read_config
 
 TINY = {"width": 2, "hidden": 4, "train_images": 128, "batch_size": 32, "epochs": 2, "budget": 0.0}
 COMMAND = shutil.which("batchshaping", path=sysconfig.get_path("scripts")) or "batchshaping"
@@ -67,7 +67,7 @@ def test_options_replace_settings_of_the_file_and_the_rest_is_default() -> None:
     expected = {**settings, **given, "prior": (0.6, 0.4), "noise_end": 0.5}
     config = read_config(Path("first/config.yaml"))
     assert config == RunConfig(**expected)
-    assert yaml.safe_load(Path("first/config.yaml").read_text()).keys() == RunConfig.model_fields.keys()
+    assert yaml.safe_load(Path("first/config.yaml").read_text()).keys() == SETTINGS.keys()
     assert f"{result_of('first')['accuracy']:.2%} of 450" in output and "wrote first" in output
 
 
@@ -95,7 +95,7 @@ def test_a_run_goes_to_its_usual_place_and_can_be_evaluated_and_resumed() -> Non
 
 def test_help_names_every_setting_with_its_default_within_80_columns() -> None:
     text = run("train", "--help").stdout
-    for name in RunConfig.model_fields:
+    for name in SETTINGS:
         assert f"--{name.replace('_', '-')}"[:20] in text, name
     assert max(map(len, text.splitlines())) <= 80
     assert "--json" in run("evaluate", "--help").stdout

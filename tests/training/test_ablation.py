@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "ablation" / "ablation.py"
 
 
@@ -30,7 +30,7 @@ def test_every_arm_has_every_seed_on_all_images(ablation: ModuleType) -> None:
     runs = list(ablation.runs(quick=False))
     assert len(dict(runs)) == len(runs) == len(ablation.ARMS) * 3
     assert {config.seed for _, config in runs} == {0, 1, 2}
-    assert all(config.train_images is None and config.data == "fashion-mnist" for _, config in runs)
+    assert all(config.train_images is None and config.data.name == "fashion-mnist" for _, config in runs)
 
 
 def test_the_two_kinds_of_gates_differ_by_the_loss_alone(ablation: ModuleType) -> None:

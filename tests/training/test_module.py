@@ -23,7 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchshaping.gates import Gate, gate_decisions, gate_probabilities
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, load_data
-from batchshaping.training.module import DataModule, GatedClassifier, make_network
+from batchshaping.training.module import GatedClassifier, make_network
+from batchshaping.training.run import make_classifier, make_data_module
+from batchshaping.training.schedules import Ramp
 
 CONFIG = RunConfig(
     width=2,
@@ -44,13 +46,11 @@ def with_settings(**settings: Any) -> RunConfig:
 
 
 def made(config: RunConfig) -> GatedClassifier:
-    torch.manual_seed(config.seed)
-    return GatedClassifier(config, load_data(config))
+    return make_classifier(config, load_data(config.data))
 
 
-def fit(module: GatedClassifier, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+def fit(config: RunConfig, module: GatedClassifier, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
     """Train as a run does, but leave no files."""
-    config = module.config
     trainer = pl.Trainer(
         accelerator="cpu",
         **{"devices": 1, **settings},
@@ -64,10 +64,11 @@ def fit(module: GatedClassifier, *callbacks: pl.Callback, **settings: Any) -> pl
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        log_every_n_steps=config.log_every,
         reload_dataloaders_every_n_epochs=1,
         barebones=False,
     )
-    trainer.fit(module, DataModule(config, module.data))
+    trainer.fit(module, make_data_module(config, module.data))
     return trainer
 
 
@@ -124,12 +125,13 @@ def shaping(p: Tensor, a: float, b: float) -> tuple[float, Tensor]:
     return float(np.square(residual).mean()), torch.from_numpy(gradient).to(p)
 
 
-class Objective(pl.Callback):
+class Formula(pl.Callback):
     """Compares the loss of each step, and its gradient in every parameter, with the formula."""
 
     logits: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
         self.steps: list[tuple[float, float]] = []
         self.above: list[bool] = []
 
@@ -139,7 +141,7 @@ class Objective(pl.Callback):
 
     def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
         self.handle.remove()
-        config: RunConfig = module.config
+        config = self.config
         done = trainer.global_step / (config.epochs * 4)
         gamma = config.shaping * max(0.0, 1 - done / config.shaping_end)
         begin, end = config.penalty_begin, config.penalty_end
@@ -187,9 +189,10 @@ class Objective(pl.Callback):
     ],
 )
 def test_the_objective_and_its_gradient_are_the_formula(settings: dict[str, Any]) -> None:
-    objective = Objective()
-    fit(made(with_settings(shaping_end=0.5, penalty_begin=0.25, penalty_end=0.75, **settings)), objective)
-    gammas, lambdas = zip(*objective.steps, strict=True)
+    config = with_settings(shaping_end=0.5, penalty_begin=0.25, penalty_end=0.75, **settings)
+    formula = Formula(config)
+    fit(config, made(config), formula)
+    gammas, lambdas = zip(*formula.steps, strict=True)
     assert len(gammas) == 12
     assert lambdas[0] == 0 < lambdas[6] < lambdas[-1] == 3
     assert gammas[0] >= gammas[1] >= gammas[6] == 0
@@ -230,7 +233,7 @@ class Steps(pl.Callback):
 def test_every_parameter_is_in_one_group_and_those_of_gates_do_not_decay() -> None:
     config = with_settings(epochs=1, weight_decay=0.01)
     module = made(config)
-    trainer = fit(module)
+    trainer = fit(config, module)
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, torch.optim.SGD)
     decay: dict[str, float] = {}
@@ -262,7 +265,7 @@ def test_rates_and_noise_follow_their_schedules_by_the_step(
     config = with_settings(
         accumulate=accumulate, train_images=images, schedule=schedule, milestones=(0.5, 0.75), noise_end=0.5
     )
-    trainer = fit(made(config), seen)
+    trainer = fit(config, made(config), seen)
     total = steps * config.epochs
     assert trainer.global_step == total
     assert [step for step, _ in seen.rates] == list(range(total))
@@ -275,7 +278,8 @@ def test_rates_and_noise_follow_their_schedules_by_the_step(
 
 def test_noise_without_an_end_stays() -> None:
     seen = Steps()
-    fit(made(with_settings(noise_end=None, epochs=1)), seen)
+    config = with_settings(noise_end=None, epochs=1)
+    fit(config, made(config), seen)
     assert {value for _, noise in seen.noise for value in noise} == {1.0}
 
 
@@ -290,8 +294,8 @@ class FixedStatistics(pl.Callback):
 
 def quiet(module: GatedClassifier) -> GatedClassifier:
     """The same without the gates' noise, and with a penalty from the first step on."""
-    module.noise = type(module.noise)(0.0, 0.0, 0.0, 1.0)
-    module.lambda_ = type(module.lambda_)(3.0, 3.0, 0.0, 1.0)
+    module.objective.noise = Ramp(0.0, 0.0, 0.0, 1.0)
+    module.objective.penalty = Ramp(3.0, 3.0, 0.0, 1.0)
     return module
 
 
@@ -301,7 +305,7 @@ def test_accumulated_batches_have_the_gradient_of_one() -> None:
     for accumulate in (1, 2, 4):
         seen = Steps()
         config = with_settings(shaping=0.0, accumulate=accumulate, augment=False, epochs=1)
-        fit(quiet(made(config)), FixedStatistics(), seen)
+        fit(config, quiet(made(config)), FixedStatistics(), seen)
         gradients.append(seen.gradients[0])
     for accumulated in gradients[1:]:
         for name, gradient in gradients[0].items():
@@ -321,8 +325,9 @@ def test_every_epoch_sees_every_image_once_in_an_order_of_its_own() -> None:
             self.epochs[-1].append(batch[0].flatten(1))
 
     order = Order()
-    module = made(with_settings(augment=False))
-    fit(module, order)
+    config = with_settings(augment=False)
+    module = made(config)
+    fit(config, module, order)
     images, _ = module.data.train.__getitems__(range(64))
     expected = module.data.normalize(images).flatten(1)
     epochs = [torch.cat(batches) for batches in order.epochs]
@@ -393,10 +398,10 @@ def curve(
 ) -> tuple[list[dict[str, float]], list[dict[str, Any]], list[Tensor]]:
     """Loss curve, history and final weights of a training without noise, its normalization synchronized."""
     module = made(config).double()
-    module.noise = type(module.noise)(0.0, 0.0, 0.0, 1.0)
+    module.objective.noise = Ramp(0.0, 0.0, 0.0, 1.0)
     synchronized(module.network)
     seen = Curve()
-    fit(module, seen, **settings)
+    fit(config, module, seen, **settings)
     return seen.steps, module.history, [p.detach().clone() for p in module.network.parameters()]
 
 
@@ -461,7 +466,7 @@ def test_without_noise_a_step_is_penalized_for_what_it_spent_above_the_budget() 
     """Of gates without noise, the probabilities say less, or more, than what is spent."""
     config = with_settings(penalized="multiply-adds", budget=0.6, shaping=0.0, gate_bias=0.0, log_every=1)
     seen = Penalties()
-    fit(quiet(made(config)), seen)
+    fit(config, quiet(made(config)), seen)
     assert len({spent > 0.6 for spent, _ in seen.steps}) == 2, "both sides of the budget are seen"
     for spent, penalty in seen.steps:
         assert penalty == pytest.approx(3 * max(0.0, spent - 0.6), abs=1e-5)

@@ -1,0 +1,101 @@
+"""ResNets whose channels are gated: those for small images, and torchvision's for large ones."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from batchshaping.channel_gating.blocks import gate_resnet
+from batchshaping.channel_gating.resnets import SmallImageResNet
+from batchshaping.training.networks.network import Network
+from batchshaping.training.sections import Count
+
+__all__ = ["IMAGENET_NETWORKS", "SMALL_IMAGE_NETWORKS", "GatedResNet"]
+
+SMALL_IMAGE_NETWORKS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
+"""Names of the networks for small images, with their depth."""
+
+IMAGENET_NETWORKS = ("resnet18", "resnet34", "resnet50")
+"""Names of the networks for large images, which are torchvision's."""
+
+
+class GatedResNet(Network):
+    """A ResNet with a gate for each inner channel of its blocks, or the same without gates.
+
+    Example:
+        >>> import torch
+        >>> network = GatedResNet(network="resnet8", width=8).build(classes=10, shape=(1, 8, 8))
+        >>> network(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    kind = "channel gating"
+    names = (*SMALL_IMAGE_NETWORKS, *IMAGENET_NETWORKS)
+
+    name: str = Field("resnet8", alias="network")
+    """ResNet: resnet8, 14, 20, 32, 44, 56 or 110 for small images; resnet18, 34 or 50 for large ones."""
+    width: Count = 16
+    """Number of channels in the first stage of a ResNet for small images."""
+    stem_stride: Annotated[int, Field(ge=1, le=2)] = 1
+    """Stride of the first convolution of a ResNet for small images."""
+    pretrained: bool = False
+    """Whether a ResNet for large images starts from torchvision's weights."""
+    gated: bool = True
+    """Whether the network has gates."""
+    hidden: Count = 16
+    """Width of the hidden layer in each gate."""
+    gate_bias: Annotated[float, Field(allow_inf_nan=False)] = 3.0
+    """Added to the gates' initial logits. With 0, half of the channels start open; with 3, nearly all."""
+
+    @model_validator(mode="after")
+    def _of_this_network(self) -> GatedResNet:
+        ignored = ("pretrained",) if self._is_small else ("width", "stem_stride")
+        for name in ignored:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not a setting of {self.name}")
+        return self
+
+    @property
+    def _is_small(self) -> bool:
+        return self.name in SMALL_IMAGE_NETWORKS
+
+    @property
+    def reference(self) -> str:
+        depth = self.name.removeprefix("resnet")
+        parts = [f"ResNet-{depth}"]
+        if self._is_small:
+            parts += [f"width {self.width}", *[f"stem stride {self.stem_stride}"] * (self.stem_stride > 1)]
+        return ", ".join([*parts, "ungated"])
+
+    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+        channels = shape[0]
+        network = (
+            self._for_small_images(classes, channels)
+            if self._is_small
+            else self._torchvision(classes, channels)
+        )
+        return gate_resnet(network, self.hidden, self.gate_bias) if self.gated else network
+
+    def _for_small_images(self, classes: int, channels: int) -> nn.Module:
+        return SmallImageResNet(
+            SMALL_IMAGE_NETWORKS[self.name], classes, channels, self.width, self.stem_stride
+        )
+
+    def _torchvision(self, classes: int, channels: int) -> nn.Module:
+        from torchvision.models import get_model
+
+        try:
+            resnet: Any = get_model(self.name, weights="DEFAULT" if self.pretrained else None)
+        except OSError as error:
+            raise ValueError(f"pretrained: the download of the weights failed: {error}") from None
+        first, last = resnet.conv1, resnet.fc
+        if channels != first.in_channels:
+            resnet.conv1 = nn.Conv2d(
+                channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=False
+            )
+        if last.out_features != classes:
+            resnet.fc = nn.Linear(last.in_features, classes)
+        network: nn.Module = resnet
+        return network

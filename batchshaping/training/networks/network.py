@@ -1,0 +1,48 @@
+"""What a family of networks is: settings from which a network is built."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from batchshaping.training.sections import Section
+
+__all__ = ["Network"]
+
+
+class Network(Section):
+    """The network section of a configuration: a subclass for each family of networks.
+
+    One family, that of the default network, gives ``name`` a default.
+
+    Attributes:
+        kind: what its runs are called in ``result.json``, by which a report knows how to show them.
+        names: names of its networks, which no other family has.
+    """
+
+    heading = "Network"
+    kind: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
+
+    name: str = Field(alias="network")
+    """Name of the network."""
+
+    @abstractmethod
+    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+        """The network, with weights drawn from PyTorch's own generator.
+
+        Args:
+            classes: number of outputs.
+            shape: channels, height and width of the images.
+
+        Raises:
+            ValueError: in one line, if pretrained weights cannot be downloaded.
+        """
+
+    @property
+    @abstractmethod
+    def reference(self) -> str:
+        """The network of whose multiply-adds shares are taken: the same without gates, in words."""

@@ -1,0 +1,127 @@
+"""What training minimizes beside the cross-entropy, and how the weights of its terms change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from batchshaping.batch_shaping_loss import BatchShapingLoss
+from batchshaping.priors import Beta
+from batchshaping.training.schedules import Ramp
+from batchshaping.training.sections import ObjectiveSettings
+
+__all__ = ["Objective"]
+
+
+class Objective(nn.Module):
+    r"""The losses of the gates: batch-shaping, and a penalty on the cost above a budget.
+
+    With p the gates' probabilities of being open, c the cost of a batch as a share of the cost with all gates
+    open, and e the share of training that is done, they are
+
+    .. math::
+        \gamma(e) \sum_\text{layers} L(p; \mathrm{prior})
+        \quad\text{and}\quad \lambda(e) \max(0, c - \mathrm{budget}).
+
+    The weight :math:`\gamma` falls linearly to 0, and :math:`\lambda` rises linearly from 0. With budget 0
+    and the share of open gates as the cost, this is the objective of Bejnordi, Blankevoort and Welling (ICLR
+    2020, https://arxiv.org/abs/1907.06627).
+
+    Parameters of the prior that are ``nn.Parameter`` s are parameters of this module, and learned with it.
+
+    Args:
+        settings: the objective section of a configuration.
+        prior: the prior of each gate, in place of the Beta prior of the settings.
+        across_ranks: whether the batch extends over all ranks of torch.distributed.
+
+    Attributes:
+        penalized: name of the cost that is penalized.
+        budget: cost above which there is a penalty.
+        shaping: weight of the batch-shaping loss as a function of progress.
+        penalty: weight of the penalty as a function of progress.
+        noise: scale of the gates' noise as a function of progress.
+
+    Example:
+        >>> objective = Objective(ObjectiveSettings(budget=0.5))
+        >>> probabilities = [torch.rand(8, 16), torch.rand(8, 32)]
+        >>> cost = {"multiply-adds": torch.tensor(0.75), "open-gates": torch.tensor(0.5)}
+        >>> list(objective(probabilities, cost, progress=0.0))
+        ['batch_shaping']
+        >>> objective(probabilities, cost, progress=1.0)
+        {'penalty': tensor(0.7500)}
+    """
+
+    def __init__(
+        self, settings: ObjectiveSettings, prior: Distribution | None = None, across_ranks: bool = False
+    ) -> None:
+        super().__init__()
+        self.batch_shaping = BatchShapingLoss(
+            Beta(*settings.prior) if prior is None else prior, dim=0, group="world" if across_ranks else None
+        )
+        self.across_ranks = across_ranks
+        self.penalized, self.budget = settings.penalized, settings.budget
+        self.shaping = Ramp(settings.shaping, 0.0, 0.0, settings.shaping_end)
+        self.penalty = Ramp(0.0, settings.penalty, settings.penalty_begin, settings.penalty_end)
+        last_noise = 1.0 if settings.noise_end is None else 0.0
+        self.noise = Ramp(1.0, last_noise, 0.0, settings.noise_end or 1.0)
+
+    def forward(
+        self, probabilities: Sequence[Tensor], cost: Mapping[str, Tensor], progress: float
+    ) -> dict[str, Tensor]:
+        """The weighted losses by their names, without those whose weight is 0.
+
+        Args:
+            probabilities: probability of each gate, of shape (N, gates) for each layer.
+            cost: costs of the batch by their names, as shares of the costs with all gates open. They must be
+                costs of the decisions, with the gradient of the probabilities: a penalty on the expected cost
+                would let the network end above its budget once the noise is gone.
+            progress: share of training that is done, in [0, 1].
+        """
+        shaping, penalty = self.shaping(progress), self.penalty(progress)
+        losses = {}
+        if shaping > 0:
+            losses["batch_shaping"] = shaping * self._over_layers(probabilities)
+        if penalty > 0:
+            spent = cost[self.penalized]
+            # The ranks together are above the budget or not, as one process with the whole batch would be.
+            above = self._mean_over_ranks(spent.detach()) - self.budget
+            losses["penalty"] = penalty * (above > 0) * (spent - self.budget)
+        return losses
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """The weights of the losses and the scale of the gates' noise, by their names."""
+        return {
+            "shaping": self.shaping(progress),
+            "penalty": self.penalty(progress),
+            "noise": self.noise(progress),
+        }
+
+    def check_budget(self, least: float) -> None:
+        """Refuse a budget that cannot be met.
+
+        Args:
+            least: multiply-adds with all gates closed, as a share of those with all gates open.
+
+        Raises:
+            ValueError: in one line, if multiply-adds are penalized and the budget is between 0 and that.
+        """
+        if self.penalized == "multiply-adds" and 0 < self.budget < least:
+            raise ValueError(
+                f"budget must be 0 or at least {least:.3g}, the share of the multiply-adds that no gate can "
+                f"save, received {self.budget}"
+            )
+
+    def _over_layers(self, probabilities: Sequence[Tensor]) -> Tensor:
+        """The sum of the batch-shaping losses of the layers."""
+        return torch.stack([self.batch_shaping(layer) for layer in probabilities]).sum()
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        if not self.across_ranks:
+            return value
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total / torch.distributed.get_world_size()
