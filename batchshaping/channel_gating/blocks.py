@@ -1,4 +1,4 @@
-r"""Residual blocks with gated inner channels, and a given ResNet made of them.
+r"""Residual blocks with gated inner channels, and how a given ResNet gets them.
 
 A gated block computes
 
@@ -12,15 +12,26 @@ gates for both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from batchshaping.gates import ChannelGate
+from batchshaping.gates.channel import ChannelGate
+from batchshaping.gates.cost import ConvolutionTerm, Run
+from batchshaping.gates.gate import keep_every_run
 
-__all__ = ["GatedBasicBlock", "GatedBlock", "GatedBottleneck", "gate_resnet"]
+__all__ = [
+    "GATED_BLOCKS",
+    "GatedBasicBlock",
+    "GatedBlock",
+    "GatedBottleneck",
+    "GatedTimmBasicBlock",
+    "GatedTimmBottleneck",
+    "gate_resnet",
+]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -28,40 +39,57 @@ _Network = TypeVar("_Network", bound=nn.Module)
 class GatedBlock(nn.Module):
     """What gated residual blocks share: they take over the layers of an ungated one, and add gates.
 
-    The layers keep their names, so that weights of the ungated block are weights of this one.
+    The layers keep their names, so that weights of the ungated block are weights of this one. A subclass is
+    made for one class of blocks, whose forward pass it repeats with gates.
 
     Args:
-        block: a residual block of torchvision; its layers are shared, not copied.
+        block: the residual block; its layers are shared, not copied.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits: the higher, the more channels are open at first.
 
     Raises:
         ValueError: if the block is of another class, has other layers than convolutions where it should have
-            those, or has something under the name of a gate already.
+            those, mixes channels between an inner convolution and the next one, or has something under the
+            name of a gate already.
     """
+
+    ungated: ClassVar[str]
+    """The class of the blocks, by module and name. It is not imported: its blocks exist only where it is."""
 
     convolutions: ClassVar[Mapping[str, tuple[str | None, str | None]]]
     """Names of the convolutions, with that of the gate of their input and of their output."""
+
+    inner: ClassVar[Mapping[str, str]] = {}
+    """Names of layers other than activations between an inner convolution and the next, with that of the gate
+    of their channels. They must treat each channel alone, since closed channels are left out."""
+
+    optional: ClassVar[tuple[str, ...]] = ("downsample",)
+    """Names of layers that a block may have or not."""
 
     conv1: nn.Conv2d
     bn1: nn.Module
     conv2: nn.Conv2d
     bn2: nn.Module
-    relu: nn.Module
     downsample: nn.Module | None
     gate1: ChannelGate
 
     def __init__(self, block: nn.Module, hidden: int = 16, bias: float = 0.0) -> None:
-        for ungated, gated in _gated_classes().items():
-            if isinstance(self, gated) and not isinstance(block, ungated):
-                raise ValueError(
-                    f"block must be a {ungated.__name__} of torchvision, received {_class_of(block)}"
-                )
+        ungated = self.ungated_class()
+        if ungated is None or not isinstance(block, ungated):
+            library, *_, name = self.ungated.split(".")
+            raise ValueError(f"block must be a {name} of {library}, received {_class_of(block)}")
         super().__init__()
         self.train(block.training)
         for name, layer in block.named_children():
             self.add_module(name, layer)
-        self.downsample = getattr(block, "downsample", None)
+        for name in self.optional:
+            setattr(self, name, getattr(block, name, None))
+        for name in self.inner:
+            if not _treats_channels_alone(getattr(block, name)):
+                raise ValueError(
+                    f"the block's {name} must treat each channel alone, as batch normalization, average "
+                    f"pooling and BlurPool2d do, received {_class_of(getattr(block, name))}"
+                )
         for convolution, (_, gate) in self.convolutions.items():
             layer = getattr(block, convolution)
             if not isinstance(layer, nn.Conv2d):
@@ -77,6 +105,23 @@ class GatedBlock(nn.Module):
                 self.conv1.in_channels, layer.out_channels, hidden, bias, device="cpu", dtype=torch.float32
             )
             self.add_module(gate, made.to(layer.weight).train(block.training))
+
+    @classmethod
+    def ungated_class(cls) -> type[nn.Module] | None:
+        """The class of the blocks, or None if nobody has imported it: then there is no block of it."""
+        module, _, name = cls.ungated.rpartition(".")
+        return getattr(sys.modules.get(module), name, None)
+
+    def cost_terms(self, run: Run) -> Iterator[ConvolutionTerm]:
+        """The convolutions, each with the gates of its input and of its output."""
+        for convolution, gates in self.convolutions.items():
+            layer = run.of(convolution)
+            switching = tuple(run.gate(gate) for gate in gates if gate is not None)
+            yield ConvolutionTerm(layer.name, layer.macs, getattr(layer.module, "groups", 1), switching)
+        for name, gate in self.inner.items():
+            layer = run.of(name)
+            if layer.macs > 0:
+                yield ConvolutionTerm(layer.name, layer.macs, 1, (run.gate(gate),))
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The block's input, in the shape of its output."""
@@ -99,7 +144,10 @@ class GatedBasicBlock(GatedBlock):
         (torch.Size([4, 16, 8, 8]), torch.Size([4, 16]))
     """
 
+    ungated = "torchvision.models.resnet.BasicBlock"
     convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", None)}
+
+    relu: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.gate1(x) * self.relu(self.bn1(self.conv1(x)))
@@ -123,8 +171,10 @@ class GatedBottleneck(GatedBlock):
         (torch.Size([4, 64, 8, 8]), torch.Size([4, 16]))
     """
 
+    ungated = "torchvision.models.resnet.Bottleneck"
     convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", "gate2"), "conv3": ("gate2", None)}
 
+    relu: nn.Module
     conv3: nn.Conv2d
     bn3: nn.Module
     gate2: ChannelGate
@@ -136,6 +186,102 @@ class GatedBottleneck(GatedBlock):
         return self.relu(outer + self.shortcut(x))  # type: ignore[no-any-return]
 
 
+class _GatedTimmBlock(GatedBlock):
+    """The end of timm's blocks: attention over the outer channels, the drop path, the shortcut."""
+
+    optional = ("downsample", "se", "drop_path")
+
+    se: nn.Module | None
+    drop_path: nn.Module | None
+    drop_block: nn.Module
+    aa: nn.Module
+    act1: nn.Module
+    act2: nn.Module
+
+    def branch(self, outer: Tensor) -> Tensor:
+        """What the residual branch adds to the shortcut."""
+        if self.se is not None:
+            outer = self.se(outer)
+        return outer if self.drop_path is None else self.drop_path(outer)
+
+
+class GatedTimmBasicBlock(_GatedTimmBlock):
+    """Two 3 x 3 convolutions with gated channels between them, as timm has them.
+
+    Args:
+        block: a ``timm.models.resnet.BasicBlock``; its layers are shared, not copied.
+        hidden: width of the MLP in each gate.
+        bias: added to the gates' initial logits.
+
+    Example:
+        >>> import torch
+        >>> from timm.models.resnet import BasicBlock
+        >>> block = GatedTimmBasicBlock(BasicBlock(16, 16))
+        >>> block(torch.randn(4, 16, 8, 8)).shape, block.gate1.decisions.shape
+        (torch.Size([4, 16, 8, 8]), torch.Size([4, 16]))
+    """
+
+    ungated = "timm.models.resnet.BasicBlock"
+    convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", None)}
+    inner = {"bn1": "gate1", "drop_block": "gate1", "aa": "gate1"}
+
+    def zero_init_last(self) -> None:
+        """Let the block start as its shortcut, as ``timm.models.resnet.ResNet.init_weights`` asks for."""
+        if getattr(self.bn2, "weight", None) is not None:
+            nn.init.zeros_(self.bn2.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.gate1(x) * self.act1(self.drop_block(self.bn1(self.conv1(x))))
+        outer = self.branch(self.bn2(self.conv2(self.aa(inner))))
+        return self.act2(outer + self.shortcut(x))  # type: ignore[no-any-return]
+
+
+class GatedTimmBottleneck(_GatedTimmBlock):
+    """A 1 x 1, a 3 x 3 and a 1 x 1 convolution, with gated channels between them, as timm has them.
+
+    Args:
+        block: a ``timm.models.resnet.Bottleneck``; its layers are shared, not copied.
+        hidden: width of the MLP in each gate.
+        bias: added to the gates' initial logits.
+
+    Example:
+        >>> import torch
+        >>> from timm.models.resnet import Bottleneck
+        >>> block = GatedTimmBottleneck(Bottleneck(64, 16))
+        >>> block(torch.randn(4, 64, 8, 8)).shape, block.gate2.decisions.shape
+        (torch.Size([4, 64, 8, 8]), torch.Size([4, 16]))
+    """
+
+    ungated = "timm.models.resnet.Bottleneck"
+    convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", "gate2"), "conv3": ("gate2", None)}
+    inner = {"bn1": "gate1", "bn2": "gate2", "drop_block": "gate2", "aa": "gate2"}
+
+    conv3: nn.Conv2d
+    bn3: nn.Module
+    act3: nn.Module
+    gate2: ChannelGate
+
+    def zero_init_last(self) -> None:
+        """Let the block start as its shortcut, as ``timm.models.resnet.ResNet.init_weights`` asks for."""
+        if getattr(self.bn3, "weight", None) is not None:
+            nn.init.zeros_(self.bn3.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        reduced = self.gate1(x) * self.act1(self.bn1(self.conv1(x)))
+        inner = self.gate2(x) * self.act2(self.drop_block(self.bn2(self.conv2(reduced))))
+        outer = self.branch(self.bn3(self.conv3(self.aa(inner))))
+        return self.act3(outer + self.shortcut(x))  # type: ignore[no-any-return]
+
+
+GATED_BLOCKS: tuple[type[GatedBlock], ...] = (
+    GatedBasicBlock,
+    GatedBottleneck,
+    GatedTimmBasicBlock,
+    GatedTimmBottleneck,
+)
+"""The gated blocks, each for one class of blocks. One more class here, and its blocks can be gated."""
+
+
 def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Network:
     """Gate the inner channels of every residual block of a ResNet, in place.
 
@@ -144,8 +290,10 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
     outputs are the same, to the bit. Gate before the optimizer is made, so that it knows the gates.
 
     Args:
-        resnet: a torchvision ResNet, ResNeXt or Wide ResNet, or a module that holds one, such as its FCN and
-            DeepLab; or a block of one.
+        resnet: a ResNet, ResNeXt or Wide ResNet of torchvision or timm, or a module that holds one, such as
+            torchvision's FCN and DeepLab; or a block of one. Those of timm may have drop paths, drop blocks,
+            anti-aliasing layers, average pooling in their shortcuts, and attention over a block's outer
+            channels (squeeze and excitation, for example).
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits. 0 suits training from the start, where half of the channels
             are open at first; a trained network keeps more of what it knows with 2 or 3.
@@ -154,9 +302,10 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
         The same module.
 
     Raises:
-        ValueError: if it has no residual blocks of torchvision, or one with another forward pass, such as a
-            subclass; if it is gated already; or if it is wrapped for many processes, which would not keep the
-            gates the same in all of them. Nothing is changed then.
+        ValueError: if it has no residual blocks of these libraries, or one with another forward pass, such as
+            a subclass; if a block of timm mixes its inner channels (group normalization); if it is gated
+            already; or if it is wrapped for many processes, which would not keep the gates the same in all of
+            them. Nothing is changed then.
 
     References:
         Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
@@ -172,6 +321,7 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
         ...         print(torch.equal(resnet(images), expected))
         True
     """
+    known = {ungated: gated for gated in GATED_BLOCKS if (ungated := gated.ungated_class()) is not None}
     gated = {}
     for name, module in resnet.named_modules():
         if isinstance(module, GatedBlock):
@@ -179,25 +329,33 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
         wrapper = _SYNCHRONIZED & {parent.__name__ for parent in type(module).__mro__}
         if wrapper:
             raise ValueError(f"resnet must be gated before it is wrapped, received a {wrapper.pop()}")
-        for ungated, gated_class in _gated_classes().items():
+        for ungated, gated_class in known.items():
             if isinstance(module, ungated):
                 # A subclass, or a forward pass of the object's own: the gates would have no place in it.
                 if type(module) is not ungated or "forward" in vars(module):
                     where = f"{name!r}, " if name else ""
                     raise ValueError(
-                        f"resnet must hold blocks with torchvision's own forward pass, received {where}"
-                        f"{_class_of(module)} ({gated_class.__name__}(block) makes a gated one of its layers)"
+                        f"resnet must hold blocks with {ungated.__module__.partition('.')[0]}'s own forward "
+                        f"pass, received {where}{_class_of(module)} ({gated_class.__name__}(block) makes a "
+                        "gated one of its layers)"
                     )
                 gated[module] = gated_class(module, hidden, bias)
     if not gated:
+        children = {module: {name for name, _ in module.named_children()} for module in resnet.modules()}
+        others = sorted(
+            {_class_of(module) for module, names in children.items() if {"conv1", "conv2"} <= names}
+        )
         raise ValueError(
-            "resnet must hold residual blocks of torchvision (BasicBlock or Bottleneck), "
+            "resnet must hold residual blocks of torchvision or timm (BasicBlock or Bottleneck), "
             f"received a {type(resnet).__name__} without any"
+            + "".join(f", but with {other}" for other in others)
         )
     for block, made in gated.items():
         block.__class__ = type(made)
         for name, layer in made.named_children():
             block.add_module(name, layer)
+    # Where a block is used twice, what it costs depends on both of its runs.
+    keep_every_run(resnet)
     return resnet
 
 
@@ -208,11 +366,19 @@ By name, since importing them takes long.
 """
 
 
-def _gated_classes() -> dict[type[nn.Module], type[GatedBlock]]:
-    """The gated block of each block of torchvision."""
-    from torchvision.models.resnet import BasicBlock, Bottleneck
+def _treats_channels_alone(layer: nn.Module) -> bool:
+    """Whether leaving out some channels changes none of the others."""
+    return isinstance(layer, _OF_EACH_CHANNEL) or type(layer).__name__ in _OF_EACH_CHANNEL_BY_NAME
 
-    return {BasicBlock: GatedBasicBlock, Bottleneck: GatedBottleneck}
+
+_OF_EACH_CHANNEL = (
+    nn.Identity,
+    nn.AvgPool2d,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+_OF_EACH_CHANNEL_BY_NAME = {"BlurPool2d", "DropBlock2d", "FrozenBatchNorm2d", "FrozenBatchNormAct2d"}
+"""Classes of layers that treat each channel alone; by name where importing them would load a library."""
 
 
 def _class_of(value: object) -> str:

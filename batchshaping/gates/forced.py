@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchshaping.gates.gate import named_gates, whole_number
+from batchshaping.gates.gate import is_recomputing, named_gates, whole_number
 
 __all__ = ["gates_forced"]
 
@@ -18,8 +18,9 @@ __all__ = ["gates_forced"]
 class _Forced:
     """Decides at random, whatever the logits are.
 
-    Chance follows from the seed, the gate and the number of the model's forward pass, so that what
-    runs again in the backward pass, to save memory, meets the same decisions.
+    Chance follows from the seed, the gate and the number of the model's forward pass, so that what runs again
+    in the backward pass, to save memory, meets the same decisions. So a gate that runs several times in one
+    forward pass decides the same each time.
     """
 
     def __init__(self, share: float, seed: int) -> None:
@@ -29,7 +30,7 @@ class _Forced:
 
     def count(self, *_: object) -> None:
         """Another forward pass begins, unless it is one within a backward pass."""
-        self.passes += torch._C._current_graph_task_id() == -1
+        self.passes += not is_recomputing()
 
     def __call__(self, logits: Tensor, gate: int) -> Tensor:
         uniform = np.random.default_rng([self.seed, gate, self.passes]).random(logits.shape)

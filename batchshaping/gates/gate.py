@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
+    "ForwardPasses",
     "Gate",
     "binary_concrete",
     "gate_decisions",
     "gate_probabilities",
+    "is_recomputing",
+    "keep_every_run",
     "named_gates",
     "straight_through_decisions",
     "whole_number",
@@ -93,7 +96,7 @@ class Gate(nn.Module):
 
     A subclass computes logits of shape (N, ...) in its forward pass and gives them to :meth:`decide`.
 
-    What the last forward pass came to can be read in four ways, each of shape (N, gates):
+    The last forward pass can be read in four ways, each of shape (N, gates):
 
     ============================== ======================== ========================= =======================
     reading                        value                    gradient                  for
@@ -106,6 +109,12 @@ class Gate(nn.Module):
 
     Under noise of scale σ a gate is open with the probability sigmoid(log α / σ). So ``probabilities`` are
     those of being open under the full noise, σ = 1. With less noise, gates are surer than that.
+
+    A gate that runs several times in one forward pass of its model, such as that of a block that is used
+    twice, keeps all of these runs if the model was made by ``gate_resnet``, or if :func:`keep_every_run` was
+    asked of it. Then each reading has shape (N, runs x gates), with the runs side by side in their order.
+    Otherwise, and where a gate is called on its own, it keeps the last run. What a backward pass runs again
+    (activation checkpointing) does not count as a run.
 
     torch.fx and what builds on it, such as torchvision's feature extractors, record a gate as one call of its
     module. So the gates of a traced network are those of the network, and are read as usual. A program from
@@ -121,8 +130,8 @@ class Gate(nn.Module):
     """
 
     noise: Tensor
-    _logits: Tensor | None
-    _decisions: Tensor | None
+    _runs: tuple[tuple[Tensor, Tensor], ...]  # logits and decisions of each run
+    _pass: ForwardPasses | None  # whose forward pass is under way
     _forced: tuple[Callable[[Tensor], Tensor], ...]
 
     def __init__(self, temperature: float = 2 / 3, device: torch.device | str | None = None) -> None:
@@ -133,7 +142,8 @@ class Gate(nn.Module):
         if noise.is_meta:
             noise = torch.ones((), device="cpu", dtype=torch.float32)
         self.register_buffer("noise", noise, persistent=False)
-        self._logits = self._decisions = None
+        self._runs = ()
+        self._pass = None
         self._forced = ()
 
     def decide(self, logits: Tensor) -> Tensor:
@@ -149,8 +159,9 @@ class Gate(nn.Module):
         else:
             decisions = binary_concrete(logits, self.temperature, self.training, self.noise)
         # An exported program has no state, and the tensors that it is made with have no values.
-        if not _is_exporting():
-            self._logits, self._decisions = logits, decisions
+        if not _is_exporting() and not is_recomputing():
+            earlier = () if self._pass is None else self._runs
+            self._runs = (*earlier, (logits, decisions))
         return decisions
 
     @property
@@ -189,7 +200,7 @@ class Gate(nn.Module):
         Raises:
             RuntimeError: if there was no forward pass. It is an AttributeError too.
         """
-        return _by_gate(self._ran(self._decisions).detach())
+        return self._side_by_side([decisions.detach() for _, decisions in self._runs])
 
     @property
     def straight_through_decisions(self) -> Tensor:
@@ -204,22 +215,32 @@ class Gate(nn.Module):
 
     def _read_logits(self) -> Tensor:
         """Of shape (N, gates), with the gradient that a loss needs to reach a gate that learns."""
-        logits = self._ran(self._logits)
+        logits = self._side_by_side([logits for logits, _ in self._runs])
         learns = self.training and any(p.requires_grad for p in self.parameters())
-        if learns and torch.is_grad_enabled() and not logits.requires_grad:
+        if learns and torch.is_grad_enabled() and not all(run.requires_grad for run, _ in self._runs):
             raise _NoForwardPass(
                 "the gate's last forward pass kept no gradient (torch.no_grad or a re-entrant checkpoint), "
                 "so that no loss can reach it; read its probabilities under torch.no_grad if none should"
             )
-        return _by_gate(logits)
+        return logits
 
-    def _ran(self, values: Tensor | None) -> Tensor:
-        if values is None:
+    def _side_by_side(self, runs: list[Tensor]) -> Tensor:
+        """The values of all runs, of shape (N, runs x gates)."""
+        if not runs:
             raise _NoForwardPass(
                 "the gate has decided nothing before a forward pass (one in a replica of DataParallel, or "
-                "in a copy, is not its own)"
+                "in a copy, is not its own), or did not run in the last one"
             )
-        return values
+        runs = [run.reshape(run.shape[0], math.prod(run.shape[1:])) for run in runs]
+        if len(runs) == 1:
+            return runs[0]
+        sizes = [run.shape[0] for run in runs]
+        if len(set(sizes)) > 1:
+            raise RuntimeError(
+                "a gate that runs several times in a forward pass must have the same number of examples each "
+                f"time, received {sizes}"
+            )
+        return torch.cat(runs, dim=1)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -257,17 +278,94 @@ class Gate(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Gate:
         # What replicas decide is lost with them, and what was decided before is no longer the last.
-        self._logits = self._decisions = None
+        self._runs = ()
         return super()._replicate_for_data_parallel()  # type: ignore[no-any-return, no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles get: all but the last forward pass, since a graph cannot be copied."""
-        return {**self.__dict__, "_logits": None, "_decisions": None, "_forced": ()}
+        return {**self.__dict__, "_runs": (), "_pass": None, "_forced": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of before have these under other names.
+        former = ("_logits", "_decisions")
+        kept = {name: value for name, value in state.items() if name not in former}
+        super().__setstate__(
+            {  # type: ignore[no-untyped-call]
+                "_runs": (),
+                "_pass": None,
+                **kept,
+            }
+        )
 
 
-def _by_gate(values: Tensor) -> Tensor:
-    """Of shape (N, gates)."""
-    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
+def is_recomputing() -> bool:
+    """Whether a backward pass is under way, which runs checkpointed layers again."""
+    # Asked in a graph that is being compiled, this would break it; compiled layers run again without Python.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class ForwardPasses:
+    """Tells the gates of a model when a forward pass of it begins and ends, so that they keep all runs in it.
+
+    Args:
+        model: a module that holds :class:`Gate` s.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.gates = [module for module in model.modules() if isinstance(module, Gate)]
+
+    def begin(self, *inputs: Any) -> None:
+        """Forget the runs of the last forward pass, and keep those from now on."""
+        if not self._matters(inputs):
+            return
+        for gate in self.gates:
+            # A forward pass within that of a larger model is a part of it.
+            if gate._pass is None or gate._pass is self:
+                gate._pass, gate._runs = self, ()
+
+    def end(self, *inputs: Any) -> None:
+        """The forward pass is over, or has failed."""
+        if self._matters(inputs):
+            for gate in self.gates:
+                if gate._pass is self:
+                    gate._pass = None
+
+    def _matters(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether layers run for the first time: not in a backward pass, and not for a tracer."""
+        if _is_exporting() or is_recomputing():
+            return False
+        args = inputs[1] if len(inputs) > 1 else ()
+        return not any(isinstance(value, fx.Proxy) for value in args)
+
+
+def keep_every_run(model: nn.Module) -> None:
+    """Let the gates of a model keep all their runs in a forward pass of it, instead of the last run alone.
+
+    Needed only where a gate runs several times in one forward pass, as in a block that is used twice. It must
+    be asked of one module: the outermost, whose call is the forward pass.
+
+    Args:
+        model: a module that holds :class:`Gate` s.
+
+    Example:
+        >>> import batchshaping as bs
+        >>> class Twice(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate = bs.ChannelGate(4, 4)
+        ...
+        ...     def forward(self, x):
+        ...         x = x * self.gate(x)
+        ...         return x * self.gate(x)
+        >>> model = Twice()
+        >>> keep_every_run(model)
+        >>> y = model(torch.randn(3, 4))
+        >>> model.gate.decisions.shape
+        torch.Size([3, 8])
+    """
+    passes = ForwardPasses(model)
+    model.register_forward_pre_hook(passes.begin, prepend=True)
+    model.register_forward_hook(passes.end, always_call=True)
 
 
 def gate_probabilities(model: nn.Module) -> list[Tensor]:

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import resnet18, resnet50, resnext50_32x4d
+from torchvision.models import resnet18, resnet50, resnext50_32x4d, swin_t, vit_b_16
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation import fcn_resnet50
 
 import batchshaping as bs
-from batchshaping.channel_gating.multiply_adds import MultiplyAdds, count_macs
+from batchshaping.channel_gating import multiply_adds as former
 from batchshaping.channel_gating.resnets import SmallImageResNet
 from batchshaping.gates import ChannelGate, gate_decisions, gate_probabilities, gates_forced, named_gates
+from batchshaping.gates.cost import Constant, ConvolutionTerm, GateRun, MultiplyAdds, Switched, count_macs
+from batchshaping.gates.gate import keep_every_run
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> float:
-    """Of one example: PyTorch counts a multiplication and an addition as two operations."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    """Of one example: PyTorch counts a multiplication and an addition as two operations.
+
+    It counts neither the kernels of attention on the CPU nor the fused ones of its transformer layers.
+    """
+    counter, fused = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model.eval()(x[:1])
+    torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() / 2
 
 
@@ -150,7 +162,7 @@ def test_with_groups_an_example_costs_the_pairs_of_open_channels_within_each(nam
     ungated = GROUPED[name]()
     gated = bs.gate_resnet(copy.deepcopy(ungated), hidden=3)
     x = torch.randn(2, 3, 16, 16)
-    cost = MultiplyAdds(gated, x)
+    cost = MultiplyAdds.measure(gated, x)
     with gates_forced(gated, 0.6, seed=2):
         gated(x)
     decisions = gate_decisions(gated)
@@ -199,13 +211,13 @@ def test_open_networks_cost_what_the_ungated_ones_do_and_their_gates(name: str) 
     ungated = {**NETWORKS, **GROUPED}[name]()
     gated = bs.gate_resnet(copy.deepcopy(ungated), hidden=3)
     x = torch.randn(2, 3, 32, 24)
-    cost, dense = MultiplyAdds(gated, x), multiply_adds(ungated, x)
+    cost, dense = MultiplyAdds.measure(gated, x), multiply_adds(ungated, x)
     assert (cost.dense, cost.gates) == (dense, cost_of_gates(gated))
     assert multiply_adds(gated, x) == dense + cost.gates
     with gates_forced(gated, 1.0):
         assert count_macs(gated, x).tolist() == [dense + cost.gates] * 2
     assert count_macs(ungated, x).tolist() == [dense] * 2
-    assert MultiplyAdds(ungated, x).gates == 0
+    assert MultiplyAdds.measure(ungated, x).gates == 0
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *GROUPED])
@@ -214,7 +226,7 @@ def test_closed_networks_cost_what_their_shortcuts_do_and_their_gates(name: str)
     gated = bs.gate_resnet(copy.deepcopy(ungated), hidden=3)
     x = torch.randn(2, 3, 32, 24)
     fixed = multiply_adds(without_branches(ungated), x) + cost_of_gates(gated)
-    assert MultiplyAdds(gated, x).fixed == fixed
+    assert MultiplyAdds.measure(gated, x).fixed == fixed
     with gates_forced(gated, 0.0):
         assert count_macs(gated, x).tolist() == [fixed] * 2
 
@@ -223,8 +235,8 @@ def test_closed_networks_cost_what_their_shortcuts_do_and_their_gates(name: str)
 def test_the_cost_of_the_networks_of_torchvision_is_that_of_pytorch(make: Callable[..., nn.Module]) -> None:
     network, x = make(), torch.randn(2, 3, 64, 64)
     dense = multiply_adds(network, x)
-    assert MultiplyAdds(network, x).dense == dense
-    assert MultiplyAdds(bs.gate_resnet(network), x).dense == dense
+    assert MultiplyAdds.measure(network, x).dense == dense
+    assert MultiplyAdds.measure(bs.gate_resnet(network), x).dense == dense
 
 
 # Other layers
@@ -282,7 +294,7 @@ def test_a_model_that_gives_a_dictionary_is_counted() -> None:
     x = torch.randn(2, 3, 32, 32)
     dense = multiply_adds(ungated, x)
     gated = bs.gate_resnet(copy.deepcopy(ungated))
-    assert MultiplyAdds(gated, x).dense == dense
+    assert MultiplyAdds.measure(gated, x).dense == dense
     with gates_forced(gated, 0.5, seed=1):
         found = count_macs(gated, x)
     slim_backbone = slim_of_dilated(ungated, [layer[0] for layer in gate_decisions(gated)])
@@ -301,28 +313,34 @@ def slim_of_dilated(ungated: nn.Module, decisions: list[Tensor]) -> nn.Module:
 # What the count leaves alone
 
 
+def hooks(module: nn.Module) -> tuple[int, int]:
+    return len(module._forward_pre_hooks), len(module._forward_hooks)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_counting_changes_nothing_in_the_model(training: bool) -> None:
     model = bs.gate_resnet(SmallImageResNet(8, width=4), hidden=3).train(training)
     model.layer2.train(not training)
     modes = [module.training for module in model.modules()]
     state = copy.deepcopy(model.state_dict())
-    random = torch.get_rng_state()
+    random, registered = torch.get_rng_state(), [hooks(module) for module in model.modules()]
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     count_macs(model, x)
     assert [module.training for module in model.modules()] == modes
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(not module._forward_hooks for module in model.modules())
+    assert [hooks(module) for module in model.modules()] == registered
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_forward_pass_that_fails_leaves_the_model_as_it_was() -> None:
     model = bs.gate_resnet(SmallImageResNet(8, width=4), hidden=3)
+    registered = [hooks(module) for module in model.modules()]
     with pytest.raises(RuntimeError):
         count_macs(model, torch.randn(2, 5, 8, 8))
-    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert all(module.training for module in model.modules())
+    assert [hooks(module) for module in model.modules()] == registered
 
 
 def test_the_gates_counted_are_those_of_evaluation() -> None:
@@ -331,7 +349,7 @@ def test_the_gates_counted_are_those_of_evaluation() -> None:
     assert torch.equal(count_macs(model.eval(), x), found)
     with torch.no_grad():
         model(x)
-    assert torch.equal(MultiplyAdds(model, x).per_example(gate_decisions(model)), found)
+    assert torch.equal(MultiplyAdds.measure(model, x).per_example(gate_decisions(model)), found)
 
 
 # By layer, and in expectation
@@ -341,7 +359,7 @@ def test_the_gates_counted_are_those_of_evaluation() -> None:
 def test_the_layers_add_up(name: str) -> None:
     gated = bs.gate_resnet({**NETWORKS, **GROUPED}[name](), hidden=3)
     x = torch.randn(4, 3, 16, 16)
-    cost = MultiplyAdds(gated, x)
+    cost = MultiplyAdds.measure(gated, x)
     with gates_forced(gated, 0.5):
         gated(x)
     layers = cost.per_layer(gate_decisions(gated))
@@ -358,7 +376,7 @@ def test_the_layers_add_up(name: str) -> None:
 
 def test_the_layers_of_a_model_without_blocks_add_up_for_each_example() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), ChannelGate(4, 4)).eval(), torch.randn(5, 3, 8, 8)
-    cost = MultiplyAdds(model, x)
+    cost = MultiplyAdds.measure(model, x)
     model(x)
     found = cost.per_example(gate_decisions(model))
     assert found.tolist() == [36 * 3 * 36 + 2 * 4 * 16] * 5
@@ -376,7 +394,7 @@ def test_probabilities_give_the_expectation_over_all_decisions(
     block = make(channels, channels if make is BasicBlock else channels // 4, groups=groups)
     gated = bs.gate_resnet(nn.Sequential(block), hidden=2)
     x = torch.randn(2, block.conv1.in_channels, 5, 5)
-    cost = MultiplyAdds(gated, x)
+    cost = MultiplyAdds.measure(gated, x)
     widths = [layer.shape[1] for layer in gate_decisions(gated)]
     p = torch.rand(2, sum(widths), dtype=torch.float64, requires_grad=True)
     expected = torch.zeros(2, dtype=torch.float64)
@@ -392,7 +410,7 @@ def test_probabilities_give_the_expectation_over_all_decisions(
 
 def test_the_expected_cost_moves_the_gates() -> None:
     model, x = bs.gate_resnet(SmallImageResNet(8, width=4), hidden=3), torch.randn(8, 3, 8, 8)
-    cost = MultiplyAdds(model, x)
+    cost = MultiplyAdds.measure(model, x)
     model(x)
     before = cost.per_example(gate_probabilities(model)).mean()
     before.backward()
@@ -409,7 +427,7 @@ def test_straight_through_decisions_cost_what_decisions_do_and_move_the_gates() 
     model, x = bs.gate_resnet(tiny(Bottleneck), hidden=3), torch.randn(8, 3, 16, 16)
     for gate in named_gates(model).values():
         gate.noise.fill_(0.0)
-    cost = MultiplyAdds(model, x)
+    cost = MultiplyAdds.measure(model, x)
     model(x)
     spent = cost.per_example(bs.straight_through_decisions(model))
     assert torch.equal(spent, cost.per_example(gate_decisions(model)))
@@ -427,7 +445,7 @@ def test_open_probabilities_give_the_mean_of_what_is_spent_under_the_present_noi
     for gate in named_gates(model).values():
         gate.noise.fill_(noise)
     x = torch.randn(1, 8, 3, 3)
-    cost = MultiplyAdds(model, x)
+    cost = MultiplyAdds.measure(model, x)
     with torch.no_grad():
         model(x.expand(n, -1, -1, -1))
         spent = cost.per_example(gate_decisions(model)).double()
@@ -447,35 +465,155 @@ SHAPES = [
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_gates_of_another_model_are_refused(shapes: list[tuple[int, ...]]) -> None:
     model, x = bs.gate_resnet(SmallImageResNet(8, width=4), hidden=3), torch.randn(2, 3, 8, 8)
-    cost = MultiplyAdds(model, x)
+    cost = MultiplyAdds.measure(model, x)
     for read in (cost.per_example, cost.per_layer):
         with pytest.raises(
             ValueError, match=r"^gates must have shapes \[\(N, 4\), \(N, 8\), \(N, 16\)\], rec"
         ):
             read([torch.ones(shape) for shape in shapes])
     with pytest.raises(ValueError, match=r"^gates must have shapes \[\], received \[\(3, 4\)\]$"):
-        MultiplyAdds(SmallImageResNet(8, width=4), x).per_example([torch.ones(3, 4)])
+        MultiplyAdds.measure(SmallImageResNet(8, width=4), x).per_example([torch.ones(3, 4)])
 
 
 # Layers in two places, and models without layers
 
 
-def test_a_gated_block_that_runs_twice_is_refused_by_name() -> None:
-    class Twice(nn.Module):
+class Twice(nn.Module):
+    """A block that is used twice."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x))
+
+
+BLOCKS = {"basic": lambda: BasicBlock(8, 8), "bottleneck": lambda: Bottleneck(8, 2)}
+
+
+def decided_by_their_input(model: nn.Module) -> nn.Module:
+    """With gates of which some are open and some closed, other ones in each run."""
+    for gate in named_gates(model).values():
+        nn.init.normal_(gate.to_logits[3].weight, std=3.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_that_is_used_twice_costs_what_two_blocks_with_its_weights_do(name: str) -> None:
+    torch.manual_seed(4)
+    twice = decided_by_their_input(bs.gate_resnet(Twice(BLOCKS[name]())))
+    two = nn.Sequential(copy.deepcopy(twice.block), copy.deepcopy(twice.block))
+    x = 3 * torch.randn(6, 8, 5, 5)
+    cost, other = MultiplyAdds.measure(twice, x), MultiplyAdds.measure(two, x)
+    assert (cost.dense, cost.gates, cost.fixed) == (other.dense, other.gates, other.fixed)
+    for inputs in (x, x + 1):
+        with torch.no_grad():
+            assert torch.equal(twice(inputs), two(inputs))
+        runs = gate_decisions(two)
+        half = len(runs) // 2
+        for found, first, second in zip(gate_decisions(twice), runs[:half], runs[half:], strict=True):
+            assert torch.equal(found, torch.cat([first, second], dim=1)) and not torch.equal(first, second)
+        expected = other.per_example(runs)
+        assert torch.equal(cost.per_example(gate_decisions(twice)), expected)
+        assert torch.equal(count_macs(twice, inputs), expected)
+    for layer, macs in cost.per_layer(gate_decisions(twice)).items():
+        within = layer.removeprefix("block.")
+        parts = other.per_layer(runs)
+        assert torch.equal(macs, parts[f"0.{within}"] + parts[f"1.{within}"])
+
+
+def test_a_layer_of_two_blocks_is_switched_by_the_gates_of_each() -> None:
+    torch.manual_seed(4)
+    first, second = BasicBlock(4, 4), BasicBlock(4, 4)
+    second.conv1 = first.conv1
+    shared = decided_by_their_input(bs.gate_resnet(nn.Sequential(first, second)))
+    x = torch.randn(3, 4, 6, 6)
+    assert torch.equal(count_macs(shared, x), count_macs(copy.deepcopy(shared), x))
+    apart = nn.Sequential(*(copy.deepcopy(block) for block in shared))
+    assert torch.equal(count_macs(apart, x), count_macs(shared, x))
+
+
+def test_forced_gates_of_a_block_that_is_used_twice_decide_the_same_each_time() -> None:
+    model, x = bs.gate_resnet(Twice(BasicBlock(8, 8))), torch.randn(4, 8, 5, 5)
+    with gates_forced(model, 0.5, seed=1):
+        found = count_macs(model, x)
+    (decisions,) = gate_decisions(model)
+    assert torch.equal(decisions[:, :8], decisions[:, 8:])
+    of_gates = 2 * (8 * 16 + 16 * 8)
+    assert torch.equal(found, 2 * 2 * 9 * 8 * 25 * decisions[:, :8].sum(dim=1) + of_gates)
+
+
+def test_checkpointing_a_block_that_is_used_twice_changes_neither_its_runs_nor_a_gradient() -> None:
+    class Checkpointed(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = checkpoint(self.block, x, use_reentrant=False)
+            return x
+
+    torch.manual_seed(4)
+    plain = bs.gate_resnet(Twice(BasicBlock(8, 8)))
+    saving = bs.gate_resnet(Checkpointed(BasicBlock(8, 8)))
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(6, 8, 5, 5)
+    cost, found = MultiplyAdds.measure(plain, x), []
+    for model in (plain, saving):
+        torch.manual_seed(5)
+        model.train().zero_grad()
+        spent = model(x).square().mean() + cost.per_example(bs.straight_through_decisions(model)).mean() / 1e6
+        before = gate_decisions(model)
+        spent.backward()
+        assert torch.equal(*before, *gate_decisions(model)) and before[0].shape == (6, 16)
+        found.append([*before, *(p.grad for p in model.parameters())])
+    for p, s in zip(*found, strict=True):
+        torch.testing.assert_close(s, p)
+
+
+def test_a_model_that_does_not_keep_every_run_of_a_gate_is_refused() -> None:
+    """A gated block in a model of which no gate was told."""
+    model, x = Twice(bs.gate_resnet(BasicBlock(4, 4))), torch.randn(3, 4, 6, 6)
+    cost = MultiplyAdds.measure(model, x)
+    assert cost.per_example(gate_decisions(model)).shape == (3,)
+    model.eval()(x)
+    with pytest.raises(
+        ValueError, match=r"\[\(N, 8\)\], received \[\(3, 4\)\]; a gate that runs several [^\n]*$"
+    ):
+        cost.per_example(gate_decisions(model))
+    keep_every_run(model)
+    model(x)
+    assert torch.equal(cost.per_example(gate_decisions(model)), count_macs(model, x))
+
+
+def test_a_layer_that_a_block_runs_twice_is_refused_by_name() -> None:
+    class Alias(nn.Module):
+        """A convolution that hands its input to another one first."""
+
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+            block.bn1 = nn.Sequential(block.bn1, block.conv2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)
+
+    with pytest.raises(ValueError, match=r"received 'block', in which conv2 ran 2 times$"):
+        count_macs(bs.gate_resnet(Alias(BasicBlock(4, 4))), torch.randn(2, 4, 6, 6))
+
+
+def test_gates_that_decide_for_other_examples_than_the_models_are_refused() -> None:
+    class Frames(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.block = BasicBlock(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.block(self.block(x))
+            return self.block(x.flatten(0, 1))
 
-    first, second = BasicBlock(4, 4), BasicBlock(4, 4)
-    second.conv1 = first.conv1
-    for model, name in ((Twice(), "block"), (nn.Sequential(first, second), "0")):
-        with pytest.raises(
-            ValueError, match=rf"must run once in a forward pass, received '{name}', where conv1"
-        ):
-            count_macs(bs.gate_resnet(model), torch.randn(2, 4, 6, 6))
+    model, x = bs.gate_resnet(Frames()), torch.randn(2, 3, 4, 6, 6)
+    with pytest.raises(
+        ValueError, match=r"for each of the 2 examples, received 'block\.gate1', which decided 6"
+    ):
+        count_macs(model, x)
 
 
 def test_a_gated_layer_is_switched_under_whatever_name_it_is_found_first() -> None:
@@ -491,7 +629,7 @@ def test_a_gated_layer_is_switched_under_whatever_name_it_is_found_first() -> No
     model, x = bs.gate_resnet(Alias()), torch.randn(2, 4, 6, 6)
     with gates_forced(model, 0.0):
         assert count_macs(model, x).tolist() == [cost_of_gates(model)] * 2
-    assert MultiplyAdds(model, x).fixed == cost_of_gates(model)
+    assert MultiplyAdds.measure(model, x).fixed == cost_of_gates(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.*:FutureWarning")
@@ -524,7 +662,7 @@ def test_a_default_device_or_type_changes_no_cost(ambient: str, gated: bool) -> 
         bs.gate_resnet(model)
 
     def costs() -> list[Tensor]:
-        cost, gates = MultiplyAdds(model, x), gate_decisions(model) if gated else []
+        cost, gates = MultiplyAdds.measure(model, x), gate_decisions(model) if gated else []
         return [count_macs(model, x), cost.per_example(gates), *cost.per_layer(gates).values()]
 
     expected = costs()
@@ -547,9 +685,9 @@ def test_a_model_on_another_device_has_its_costs_there(gated: bool) -> None:
     x = torch.randn(3, 3, 8, 8)
     if gated:
         bs.gate_resnet(model)
-    dense = MultiplyAdds(model, x).dense
+    dense = MultiplyAdds.measure(model, x).dense
     model, x = model.to("meta"), x.to("meta")
-    cost = MultiplyAdds(model, x)
+    cost = MultiplyAdds.measure(model, x)
     assert cost.dense == dense
     found = count_macs(model, x)
     assert found.shape == (3,) and found.is_meta
@@ -560,7 +698,7 @@ def test_a_model_on_another_device_has_its_costs_there(gated: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decisions_in_half_precision_are_counted_as_exactly(dtype: torch.dtype) -> None:
     model, x = bs.gate_resnet(SmallImageResNet(8, width=100), hidden=3), torch.randn(3, 3, 8, 8)
-    cost = MultiplyAdds(model, x)
+    cost = MultiplyAdds.measure(model, x)
     with gates_forced(model, 0.5):
         model(x)
     decisions = gate_decisions(model)
@@ -588,3 +726,158 @@ def test_a_compiled_model_costs_the_same_before_and_after_it_ran() -> None:
         with torch.no_grad():
             compiled(x)
         assert torch.equal(count_macs(compiled, x), expected)
+
+
+# Attention
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention of given sizes."""
+
+    def __init__(self, queries: int, keys: int, heads: int, groups: int, width: int, of_values: int) -> None:
+        super().__init__()
+        self.shapes = [(heads, queries, width), (groups, keys, width), (groups, keys, of_values)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (x.new_ones(len(x), *shape) for shape in self.shapes)
+        return F.scaled_dot_product_attention(
+            query, key, value, enable_gqa=self.shapes[0][0] != self.shapes[1][0]
+        )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "groups", "width", "of_values"),
+    [(7, 7, 3, 3, 8, 8), (5, 9, 2, 2, 16, 16), (5, 9, 4, 2, 8, 8), (6, 4, 6, 1, 5, 5), (5, 9, 2, 2, 8, 12)],
+)
+def test_attention_costs_what_its_formula_says_and_pytorch_counts(
+    device: str, queries: int, keys: int, heads: int, groups: int, width: int, of_values: int
+) -> None:
+    model = Attention(queries, keys, heads, groups, width, of_values)
+    x = torch.zeros(3, 1, device=device)
+    expected = heads * queries * keys * (width + of_values)
+    assert MultiplyAdds.measure(model, x).dense == expected == multiply_adds(model, x)
+    with torch.inference_mode():
+        assert MultiplyAdds.measure(model, x).dense == expected
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, attention: nn.MultiheadAttention, weights: bool) -> None:
+        super().__init__()
+        self.attention, self.weights = attention, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.attention.batch_first else x.transpose(0, 1)
+        sizes = (x.shape[-1], self.attention.kdim, self.attention.vdim)
+        query, key, value = (x[..., :size] for size in sizes)
+        return self.attention(query, key, value, need_weights=self.weights)[0]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_first": True}, {"kdim": 6, "vdim": 4}, {"add_bias_kv": True}]
+)
+def test_multi_head_attention_costs_what_its_products_do(settings: dict[str, int], weights: bool) -> None:
+    model, x = SelfAttention(nn.MultiheadAttention(8, 2, **settings), weights), torch.randn(3, 5, 8)
+    of_keys, of_values = settings.get("kdim", 8), settings.get("vdim", 8)
+    keys = 5 + ("add_bias_kv" in settings)
+    expected = 5 * 8 * (8 + of_keys + of_values + 8) + 5 * keys * (8 + 8)
+    assert MultiplyAdds.measure(model, x).per_layer([]) == {"attention": expected}
+    assert multiply_adds(model, x) == expected
+
+
+def test_the_fused_layers_of_pytorch_cost_what_their_parts_do_and_stay_fused() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(3, 5, 8)
+    expected = 2 * (5 * 4 * 8 * 8 + 5 * 5 * 16 + 2 * 5 * 8 * 16)
+    assert count_macs(model, x).tolist() == [expected] * 3
+    assert multiply_adds(model, x) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
+    "vit_b_16": vit_b_16,
+    "swin_t": swin_t,
+    "vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224", pretrained=False),
+    "vit_small": lambda: timm.create_model("vit_small_patch16_224", pretrained=False),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_vision_transformers_cost_what_pytorch_counts(name: str) -> None:
+    with torch.device("meta"):
+        model, x = TRANSFORMERS[name](), torch.randn(2, 3, 224, 224)
+    assert MultiplyAdds.measure(model, x).dense == multiply_adds(model, x)
+
+
+# The sum of terms
+
+
+def test_the_cost_is_the_sum_of_its_terms_and_gates_are_known_by_name() -> None:
+    first, second = GateRun("a", 0, 2), GateRun("b", 1, 3)
+    terms = [Constant("stem", 5.0), ConvolutionTerm("conv", 8.0, 1, (first, second)), Constant("stem", 1.0)]
+    cost = MultiplyAdds(terms, {"a": 2, "b": 3})
+    assert (cost.dense, cost.gates, cost.fixed) == (14, 0, 6)
+    a, b = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    for gates in ([a, b], {"b": b, "a": a}):
+        assert cost.per_example(gates).tolist() == [6.0, 10.0]
+        layers = {name: macs.tolist() for name, macs in cost.per_layer(gates).items()}
+        assert layers == {"stem": [6.0, 6.0], "conv": [0.0, 4.0]}
+    with pytest.raises(ValueError, match=r"^gates must be those of \['a', 'b'\], received those of \['a'\]$"):
+        cost.per_example({"a": a})
+
+
+def test_terms_are_added_up_in_double_precision() -> None:
+    gates = [GateRun("gate", 0, 1)]
+    macs = [2.0**25] + [1.0] * 2000
+    cost = MultiplyAdds([ConvolutionTerm(str(i), m, 1, (*gates,)) for i, m in enumerate(macs)], {"gate": 1})
+    found = cost.per_example([torch.ones(1, 1)])
+    assert found.dtype == torch.float32 and found.item() == sum(macs) == cost.dense
+
+
+def test_a_switched_module_of_ones_own_says_what_it_costs() -> None:
+    class Tokens(nn.Module):
+        """Attention of the tokens that are open to each other."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.inner = ChannelGate(3, 5), nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.gate(x)
+            return self.inner(x.new_ones(len(x), 5, 2))
+
+        def cost_terms(self, run: object) -> list[ConvolutionTerm]:
+            layer = run.of("inner")
+            return [ConvolutionTerm(layer.name, layer.macs, 1, (run.gate("gate"),))]
+
+    model, x = nn.Sequential(Tokens()).eval(), torch.randn(4, 3)
+    assert isinstance(model[0], Switched) and not isinstance(model, Switched)
+    found = count_macs(model, x)
+    (decisions,) = gate_decisions(model)
+    assert torch.equal(found, 2 * 4 * decisions.sum(dim=1) + 3 * 16 + 16 * 5)
+
+
+def test_the_former_constructor_measures() -> None:
+    model, x = bs.gate_resnet(SmallImageResNet(8, width=4), hidden=3), torch.randn(2, 3, 8, 8)
+    cost, expected = former.MultiplyAdds(model, x), MultiplyAdds.measure(model, x)
+    assert isinstance(cost, MultiplyAdds) and former.count_macs is count_macs
+    assert (cost.dense, cost.gates, cost.fixed) == (expected.dense, expected.gates, expected.fixed)
+    assert torch.equal(cost.per_example(gate_decisions(model)), expected.per_example(gate_decisions(model)))
+    for made in (cost, expected, former.MultiplyAdds.measure(model, x)):
+        assert pickle.loads(pickle.dumps(made)).dense == expected.dense
+
+
+def test_layers_of_gates_are_told_from_others_wherever_they_are_found_first() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            gate = ChannelGate(3, 5)
+            self.first, self.gate = gate.to_logits[0], gate
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(x)
+
+    cost = MultiplyAdds.measure(Shared(), torch.randn(2, 3))
+    assert (cost.dense, cost.gates) == (0, 3 * 16 + 16 * 5)
+    assert MultiplyAdds.measure(ChannelGate(3, 5), torch.randn(2, 3)).gates == 3 * 16 + 16 * 5
