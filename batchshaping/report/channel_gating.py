@@ -42,7 +42,9 @@ class ChannelGating:
     }
 
     def idle(self, config: Mapping[str, Any]) -> Collection[str]:
-        of_small_networks = () if config.get("network") in SMALL_IMAGE_NETWORKS else ("width", "stem_stride")
+        of_small_networks = (
+            () if config.get("network") in [*SMALL_IMAGE_NETWORKS] else ("width", "stem_stride")
+        )
         return of_small_networks if config.get("gated", True) else (*of_small_networks, *_OF_GATES)
 
     def view(self, result: Mapping[str, Any]) -> View:

@@ -18,12 +18,12 @@ const axis = (title, more) => ({
 });
 const shares = (title, more) => axis(title, { tickformat: ".0%", ...more });
 
-// Without a margin, the axis of equal values shows nothing but their rounding errors.
-const around = (values, margin, most = Infinity) => ({
-  autorangeoptions: {
-    include: [Math.max(0, Math.min(...values) - margin), Math.min(most, Math.max(...values) + margin)],
-  },
-});
+// A range with a margin. Plotly's own would span 0.98 ± 1 where all values are 0.98.
+function around(values, margin, most = Infinity) {
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const pad = Math.max(margin, 0.08 * (high - low));
+  return { range: [low - pad, Math.min(high + pad, Math.max(high, most) + 0.2 * pad)] };
+}
 
 function plot(id, height, traces, layout) {
   const everywhere = {

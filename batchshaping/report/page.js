@@ -20,13 +20,14 @@ function drawTradeoff(curves, id) {
     line: { color: color(shade), width: 1.2, dash: "dot" },
   }));
   const spent = traces.flatMap((trace) => trace.x);
+  const ends = curves.flatMap(({ points }) => points.flatMap(({ accuracy: { mean, deviation } }) => [mean - deviation, mean + deviation]));
   const wide = Math.max(...spent) > 10 * Math.min(...spent);
   plot(id, 420, traces, {
     xaxis: axis("mean multiply-adds of an image", {
       tickformat: "~s",
       ...(wide ? { type: "log", dtick: "D2" } : { nticks: 6, rangemode: "tozero" }),
     }),
-    yaxis: axis("accuracy", { tickformat: ".1~%", ...around(traces.flatMap((trace) => trace.y), 0.01, 1) }),
+    yaxis: axis("accuracy", { tickformat: ".1~%", ...around(ends, 0.01, 1) }),
     showlegend: true,
   });
 }
@@ -35,7 +36,7 @@ function drawTradeoff(curves, id) {
 function deviations(points, metric, shade) {
   return {
     type: "data",
-    array: points.map((point) => point[metric].deviation),
+    array: points.map((point) => point[metric].deviation ?? NaN),
     visible: points.some((point) => point[metric].deviation !== null),
     color: color(shade),
     thickness: 1.5,

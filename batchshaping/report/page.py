@@ -20,7 +20,7 @@ from batchshaping.files import replaced
 from batchshaping.report.channel_gating import prior_masses  # importable from here in version 0.1
 from batchshaping.report.headline import headline
 from batchshaping.report.runs import Run, read_run
-from batchshaping.report.settings import Comparison, Setting, Spread, comparisons
+from batchshaping.report.settings import Comparison, Setting, Spread, comparisons, differing
 from batchshaping.report.texts import deviation_si, number, percent, plotly_text, points, setting_text, si
 
 __all__ = ["prior_masses", "report_html", "write_report"]
@@ -72,7 +72,7 @@ def report_html(results: Mapping[str, Mapping[str, Any]]) -> str:
         families=families,
         chosen=runs.index(chosen),
         alone=_setting_of(chosen, compared) if len(saving) == 1 or len(runs) == 1 else None,
-        differing=_differing(runs),
+        differing=_marked(runs),
         data={
             "comparisons": [_figure(comparison) for comparison in compared],
             "families": [family.name for family in families],
@@ -87,10 +87,10 @@ def _setting_of(run: Run, compared: Sequence[Comparison]) -> Setting:
     return next(setting for setting in settings if run in setting.runs)
 
 
-def _differing(runs: Sequence[Run]) -> set[str]:
-    """Settings that are not the same in all runs."""
+def _marked(runs: Sequence[Run]) -> set[str]:
+    """Settings that are not the same in all runs; one that a run does not have is null."""
     names = {name for run in runs for name in run.config}
-    return {name for name in names if len({setting_text(run.config.get(name)) for run in runs}) > 1}
+    return differing([{name: run.config.get(name) for name in names} for run in runs])
 
 
 # What the scripts draw

@@ -11,7 +11,7 @@ from typing import Any
 from batchshaping.report.family import Curve, Family
 from batchshaping.report.runs import Run
 
-__all__ = ["Comparison", "Setting", "Spread", "comparisons"]
+__all__ = ["Comparison", "Setting", "Spread", "comparisons", "differing"]
 
 
 @dataclass(frozen=True)
@@ -159,23 +159,32 @@ _MOST_NAMES = 5
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     """Runs by the data that they were tested on, in the order in which they are given."""
     by_data = _grouped(runs, lambda run: json.dumps(run.data))
-    differing = _differing([group[0].data for group in by_data]) | {"data"}
+    shown = differing([group[0].data for group in by_data]) | {"data"}
     return [
         Comparison(
-            title=_joined(group[0].data_words, differing),
+            title=_joined(group[0].data_words, shown),
             settings=tuple(sorted(_settings(group), key=_Order(group))),
         )
         for group in by_data
     ]
 
 
+def differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Settings with more than one value among the configurations that have them."""
+    values: dict[str, set[str]] = {}
+    for config in configs:
+        for name, value in config.items():
+            values.setdefault(name, set()).add(json.dumps(value, sort_keys=True))
+    return {name for name, several in values.items() if len(several) > 1}
+
+
 def _settings(runs: Sequence[Run]) -> list[Setting]:
     groups = _grouped(sorted(runs, key=_seed), lambda run: run.recipe)
-    differing = _differing([{name: group[0].config[name] for name in group[0].words} for group in groups])
+    shown = differing([{name: group[0].config[name] for name in group[0].words} for group in groups])
     return [
         Setting(
             runs=tuple(group),
-            name=_joined(group[0].words, differing) or group[0].view.curve.name,
+            name=_joined(group[0].words, shown) or group[0].view.curve.name,
             reference_accuracy=_reference_accuracy(group[0], runs),
         )
         for group in groups
@@ -202,15 +211,6 @@ def _seed(run: Run) -> tuple[bool, float | str]:
     """A key to sort by: numbers in their order, then whatever else stands where a seed belongs."""
     number = isinstance(run.seed, int | float)
     return not number, run.seed if number else json.dumps(run.seed)
-
-
-def _differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Settings with more than one value among the configurations that have them."""
-    values: dict[str, set[str]] = {}
-    for config in configs:
-        for name, value in config.items():
-            values.setdefault(name, set()).add(json.dumps(value, sort_keys=True))
-    return {name for name, several in values.items() if len(several) > 1}
 
 
 def _joined(words: Mapping[str, str], names: Collection[str]) -> str:
