@@ -284,9 +284,7 @@ class _ByFraction:
         x = x.to(self.working).clamp(0.0, 1.0)
         offset = x - self.centre if self.large_a or self.large_b else x
         log_x = _log_relative(x, offset, self.centre) if self.large_a else x.log()
-        log_complement = (
-            _log_relative(1.0 - x, -offset, self.far_centre) if self.large_b else torch.log1p(-x)
-        )
+        log_complement = _log_relative(1.0 - x, -offset, self.far_centre) if self.large_b else torch.log1p(-x)
         if lowest > -math.inf:
             log_x.clamp_min_(lowest)
         exponent = self._exponent(log_x, log_complement)

@@ -1,7 +1,7 @@
 """The eight published runs: what they start from, what they minimize, and the loss they were printed with.
 
-``python -m batchshaping.experiments.published [FOLDER]`` repeats them all, prints their final losses beside the
-published ones and draws their animations into the folder.
+``python -m batchshaping.experiments.published [FOLDER]`` repeats them all, prints their final losses beside
+the published ones, and draws their animations into the folder.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from batchshaping.figures.style import COLORS, GRID_COLOR
 __all__ = ["Animation", "frames_of", "write_gif"]
 
 
-
 class Animation(Protocol):
     """A figure that shows any step by giving new data to artists that stay the same."""
 

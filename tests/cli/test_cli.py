@@ -272,7 +272,7 @@ def test_a_file_that_fails_while_it_is_written_leaves_the_old_one(monkeypatch: p
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("batchshaping.cli.write_values", fail)
+    monkeypatch.setattr("batchshaping.cli.shaping.write_values", fail)
     result = CliRunner().invoke(app, ["fit", *BETA, *QUICK, "--force"])
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == ("batchshaping: outputs/fit/values.npy: No space left on device")
@@ -285,7 +285,7 @@ def test_a_file_that_another_process_wrote_meanwhile_is_kept(monkeypatch: pytest
         path.write_bytes(b"mine")
         Path("outputs/fit/values.npy").write_bytes(b"theirs")
 
-    monkeypatch.setattr("batchshaping.cli.write_values", write_after_another)
+    monkeypatch.setattr("batchshaping.cli.shaping.write_values", write_after_another)
     result = CliRunner().invoke(app, ["fit", *BETA, *QUICK])
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (

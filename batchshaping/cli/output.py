@@ -1,0 +1,93 @@
+"""What commands print and write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from batchshaping.cli.errors import fail
+from batchshaping.storage.files import created, replaced
+
+__all__ = [
+    "FILES",
+    "LARGEST_SEED",
+    "PARAMETERS",
+    "START",
+    "TRAINING",
+    "prepare",
+    "progress_bar",
+    "show_metrics",
+    "write",
+]
+
+
+PARAMETERS = "Parameters of the prior"
+START = "Values to start from"
+TRAINING = "Training"
+FILES = "Files"
+
+LARGEST_SEED = 2**32 - 1
+
+
+def show_metrics(metrics: dict[str, Any]) -> None:
+    """Print what a run came to."""
+    spent, cost, gates = metrics["multiply_adds"], metrics["cost"]["dense"], metrics["gates"]
+    table = Table(box=rich.box.SIMPLE_HEAD, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("test accuracy", f"{metrics['accuracy']:.2%} of {metrics['examples']:,}")
+    table.add_row("multiply-adds an image", f"{spent / 1e6:,.3f} M")
+    table.add_row("of those of the ungated network", f"{spent / cost:.1%} of {cost / 1e6:,.3f} M")
+    if gates:
+        table.add_row("mean share of open gates", f"{gates['mean_open']:.1%}")
+        table.add_row("gates always on", f"{gates['always_on']:.1%}")
+        table.add_row("gates always off", f"{gates['always_off']:.1%}")
+        table.add_row("conditional gates", f"{gates['conditional']:.1%}")
+    Console().print(table)
+
+
+def prepare(folder: Path, names: list[str], force: bool) -> None:
+    """Make the folder, and see before any work is done that nothing in it would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{folder}: {error.strerror}, expected a folder to write to")
+    if not os.access(folder, os.W_OK):
+        fail(f"{folder}: expected a folder that can be written to")
+    # A symbolic link is something too, wherever it points to.
+    present = [name for name in names if os.path.lexists(folder / name)]
+    if present and not force:
+        fail(f"{folder} already holds {', '.join(present)}; --force replaces them, --output writes elsewhere")
+    for name in names:
+        if (folder / name).exists() and not (folder / name).is_file():
+            fail(f"{folder / name}: expected a file to replace, received a folder or a device")
+
+
+def write(path: Path, write: Callable[[Path], object], force: bool) -> None:
+    """Write a file as a whole or not at all, and over an earlier one only if forced."""
+    try:
+        with replaced(path) if force else created(path) as partial:
+            write(partial)
+    except FileExistsError:
+        fail(f"{path} was written by another process; --force replaces it, --output writes elsewhere")
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}")
+    print(f"wrote {path}")
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr that shows how much is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
