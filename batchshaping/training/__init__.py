@@ -1,1 +1,1 @@
-"""Training: schedules, data, and the demonstration on handwritten digits."""
+"""Training of gated networks: configuration, networks, data, objective, and runs that can be interrupted."""

@@ -1,8 +1,9 @@
 """Checkpoints as safetensors: tensors, and everything else as JSON in the header. Nothing is unpickled.
 
-A checkpoint is what Lightning gives: nested dictionaries and lists of tensors, numbers and text. It is one
-file, which replaces an earlier one as a whole: an interruption leaves the old or the new. A checksum over all
-that is in it is checked before any of it is used, so that a changed bit is an error and not another result.
+A checkpoint, as Lightning makes it, consists of nested dictionaries and lists of tensors, numbers and text.
+It is written to one file, which replaces an earlier one as a whole: an interruption leaves either the old
+file or the new one. A checksum of the whole content is checked before any of it is used, so that a changed
+bit is an error and never another result.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ _CHECKSUM = "sha256"
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, text: str = "") -> None:
-    """Write tensors, and a text if need be, to a safetensors file with a checksum, as a whole or not at all.
+    """Write tensors and a text to a safetensors file with a checksum, as a whole or not at all.
 
     The checksum is the SHA-256 of the text and of the name, type, shape and bytes of each tensor. For other
-    software the file is a plain safetensors file. Equal tensors and texts give equal files.
+    software, the file is an ordinary safetensors file. Equal tensors and texts give equal files.
 
     Args:
-        tensors: what to write, by name; contiguous, and none of them in the memory of another.
+        tensors: the tensors by their names. They must be contiguous and must not share memory.
         path: the file; an earlier one is replaced.
-        text: for the header.
+        text: the text, which is stored in the header.
 
     Raises:
         OSError: if the file cannot be written; an earlier one is then as it was.
@@ -49,7 +50,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, text: str = "") -> 
         >>> read_tensors(path)
         ({'weight': tensor([1., 1.])}, 'trained')
     """
-    # One entry, since safetensors writes several of them in an order that changes.
+    # Checksum and text are one entry, since safetensors writes several entries in a varying order.
     metadata = {_CHECKSUM: f"{_checksum(tensors, text)} {text}"}
     with replaced(path) as partial:
         partial.write_bytes(save(dict(tensors), metadata=metadata))
@@ -60,12 +61,12 @@ def read_tensors(path: Path, earlier: str | None = None) -> tuple[dict[str, Tens
 
     Args:
         path: the file.
-        earlier: how earlier versions, which wrote no checksum, named the text in the header; None where there
-            was none. A file of theirs is read as it is.
+        earlier: name of the text in the header of files of earlier versions, which had no checksum; None if
+            they had no text. Such files are read as they are.
 
     Raises:
         OSError: if the file cannot be opened.
-        ValueError: if it is no safetensors file, or was changed.
+        ValueError: if the file is not a safetensors file, or was changed.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -73,7 +74,8 @@ def read_tensors(path: Path, earlier: str | None = None) -> tuple[dict[str, Tens
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a safetensors file: {error}") from None
-    # Nothing but these names: a changed bit in the name of the checksum makes no file of an earlier version.
+    # No other names are accepted, so that a file does not pass for one without a checksum if a bit of the
+    # checksum's name has changed.
     if [*metadata] == ([] if earlier is None else [earlier]):
         return tensors, "".join(metadata.values())
     if [*metadata] != [_CHECKSUM]:
@@ -89,7 +91,7 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(json.dumps(text).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
-        # A contiguous tensor of one value or none may have any strides, which no view as bytes takes.
+        # A contiguous tensor of at most one value may have any strides, but a view as bytes needs those of 1.
         flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -99,11 +101,11 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write nested dictionaries and lists of tensors, numbers, text and None, as a whole or not at all.
 
     Args:
-        checkpoint: what to write; tuples come back as lists.
+        checkpoint: the checkpoint. Its tuples are read as lists later.
         path: the file; an earlier one is replaced.
 
     Raises:
-        TypeError: if something else is in the checkpoint.
+        TypeError: if there is a value of another type in the checkpoint.
 
     Example:
         >>> import tempfile
@@ -124,7 +126,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         path: the file.
 
     Raises:
-        ValueError: in one line that names the file, if it cannot be read or is no such checkpoint.
+        ValueError: in one line that names the file, if it cannot be read or is not such a checkpoint.
     """
     try:
         tensors, text = read_tensors(path, earlier="checkpoint")
@@ -140,7 +142,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class SafeCheckpoints(CheckpointIO):
-    """What Lightning saves and loads checkpoints with."""
+    """Saves and loads the checkpoints of Lightning."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -157,14 +159,14 @@ class SafeCheckpoints(CheckpointIO):
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The same in what JSON has, with the tensors collected by name."""
+    """The same value in types that JSON has; its tensors are added to ``tensors``, named by their paths."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.dtype == torch.complex128:
             raise TypeError(f"a checkpoint must hold dense tensors, received {value.dtype} at {name}")
-        # Different paths can read alike: "a.b" and "b" in "a". The format keeps one name for itself.
+        # Different paths can give the same name: "a.b" and "b" in "a". One name is reserved by the format.
         while name in tensors or name in ("", "__metadata__"):
             name += "'"
-        # A copy where memory is shared, which the format does not allow.
+        # A copy, since tensors in this format must not share memory.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(value, Mapping):

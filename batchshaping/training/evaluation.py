@@ -1,4 +1,4 @@
-"""What a network does on a data set: accuracy, multiply-adds and gates, as sums over batches and ranks."""
+"""Evaluation of a network on a data set: accuracy, multiply-adds and gates, summed over batches and ranks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from batchshaping.training.threads import suitable_threads, using_threads
 __all__ = ["BINS", "Evaluation", "evaluate"]
 
 BINS = 20
-"""Bins of the histograms of gate probabilities (sigmoid of the logits), of equal width over [0, 1]."""
+"""Number of bins of the histograms of gate probabilities; the bins have equal width over [0, 1]."""
 
 
 class Evaluation:
-    """Sums over the examples seen so far, from which every figure of a report comes.
+    """Sums over the examples seen so far, from which all metrics are computed.
 
     Args:
-        network: the network that is evaluated, gated or not.
-        cost: its multiply-adds.
+        network: the network that is evaluated, with gates or without.
+        cost: the multiply-adds of the network.
         classes: names of the classes.
     """
 
@@ -36,14 +36,25 @@ class Evaluation:
         self.names = [name for name, module in network.named_modules() if isinstance(module, Gate)]
         self.counts = GateCounts(len(classes))
         if self.names:
-            # The network ran when its cost was measured. A rank without an example adds up zeros.
+            # The gates have decisions, since the network ran when its cost was measured. The counts start as
+            # zeros, so that a rank without examples can take part in the sums.
             gates = (decisions.shape[1] for decisions in gate_decisions(network))
             self.counts.open = [torch.zeros(len(classes), n, dtype=torch.long) for n in gates]
         self.histograms = torch.zeros(len(self.names), BINS, dtype=torch.long)
-        self.sums = torch.zeros(3, len(classes), dtype=torch.double)  # by class: loss, correct, multiply-adds
+        # Loss, number of correct predictions and multiply-adds of each class.
+        self.sums = torch.zeros(3, len(classes), dtype=torch.double)
 
     def update(self, network: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a batch that has just gone through the network, and tell its predictions and multiply-adds."""
+        """Add the batch of the last forward pass.
+
+        Args:
+            network: the network.
+            logits: the outputs of the network, of shape (N, classes).
+            labels: the classes of the images, of shape (N,).
+
+        Returns:
+            The predicted classes, and the multiply-adds that each image took, both of shape (N,).
+        """
         predicted = logits.argmax(dim=1)
         decisions = gate_decisions(network) if self.names else []
         spent = self.cost.per_example(decisions).to(logits.device).expand(len(labels))
@@ -56,23 +67,27 @@ class Evaluation:
                 histogram += layer.float().cpu().histc(BINS, 0, 1).long()
         return predicted, spent
 
-    def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
-        """Add up with the evaluations of other ranks."""
-        self.sums = add_up(self.sums)
-        self.histograms = add_up(self.histograms)
-        self.counts.examples = add_up(self.counts.examples)
-        self.counts.open = [add_up(counts) for counts in self.counts.open]
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Add the sums of the other ranks.
+
+        Args:
+            sum_over_ranks: the sum of a tensor over all ranks.
+        """
+        self.sums = sum_over_ranks(self.sums)
+        self.histograms = sum_over_ranks(self.histograms)
+        self.counts.examples = sum_over_ranks(self.counts.examples)
+        self.counts.open = [sum_over_ranks(counts) for counts in self.counts.open]
 
     def summary(self) -> dict[str, Any]:
-        """The figures, in what JSON has."""
+        """The metrics of all examples, which can be written as JSON."""
         examples = self.counts.examples
         total = examples.sum().item()
-        loss, correct, macs = (self.sums.sum(dim=1) / total).tolist()
+        loss, accuracy, multiply_adds = (self.sums.sum(dim=1) / total).tolist()
         return {
             "examples": total,
             "loss": loss,
-            "accuracy": correct,
-            "multiply_adds": macs,
+            "accuracy": accuracy,
+            "multiply_adds": multiply_adds,
             "gates": self.counts.statistics()._asdict() if self.names else None,
             "layers": [
                 {
@@ -86,25 +101,25 @@ class Evaluation:
         }
 
     def by_class(self) -> list[dict[str, Any]]:
-        """Accuracy and multiply-adds of each class that there is, and how often each gate is open for it."""
-        figures = []
+        """Accuracy, multiply-adds and share of open decisions of each gate, for each class with examples."""
+        metrics = []
         for index, name in enumerate(self.classes):
             examples = self.counts.examples[index].item()
             if examples:
-                _, correct, macs = (self.sums[:, index] / examples).tolist()
-                figures.append(
+                _, accuracy, multiply_adds = (self.sums[:, index] / examples).tolist()
+                metrics.append(
                     {
                         "name": name,
                         "examples": examples,
-                        "accuracy": correct,
-                        "multiply_adds": macs,
+                        "accuracy": accuracy,
+                        "multiply_adds": multiply_adds,
                         "open": [
                             [round(share, 4) for share in (layer[index].double() / examples).tolist()]
                             for layer in self.counts.open
                         ],
                     }
                 )
-        return figures
+        return metrics
 
 
 @torch.no_grad()
@@ -121,18 +136,19 @@ def evaluate(
     """Evaluate a network on the test images.
 
     Args:
-        network: gives logits of images as :meth:`~batchshaping.training.data.Data.normalize` makes them.
+        network: gives logits of images that are normalized by
+            :meth:`~batchshaping.training.data.Data.normalize`.
         data: the data set.
-        batch: images in a forward pass.
-        workers: processes that load images.
-        extremes: how many of the images with the least and with the most multiply-adds to show.
-        device: where the network is.
-        threads: how many threads compute on the CPU; None takes as many as suit the network.
+        batch: number of images in a forward pass.
+        workers: number of processes that load images.
+        extremes: number of images in each of the lists of images with the fewest and the most multiply-adds.
+        device: device of the network.
+        threads: number of threads on the CPU; None takes as many as suit the network.
 
     Returns:
-        The figures, in what JSON has: those of :meth:`Evaluation.summary`, and ``by_class``, ``cost`` (what
-        there is to spend), ``quantiles`` of the multiply-adds over the images, and the images that spend
-        ``least`` and ``most``.
+        Metrics, which can be written as JSON: those of :meth:`Evaluation.summary`; ``by_class``; ``cost``,
+        the multiply-adds of the network without gates, of the gates, and with all gates closed; ``quantiles``
+        of the multiply-adds over the images; and the images with the fewest (``least``) and the ``most``.
     """
     network.eval()
     dtype = next(network.parameters()).dtype
@@ -143,11 +159,11 @@ def evaluate(
     with using_threads(threads or suitable_threads(network, cost.dense * batch, device)):
         for images, labels in batches(data.test, batch, num_workers=workers):
             logits = network(data.normalize(images.to(device)).to(dtype))
-            guesses, macs = evaluation.update(network, logits, labels.to(device))
-            predicted.append(guesses.cpu())
-            spent.append(macs.double().cpu())
-    guesses, macs = torch.cat(predicted), torch.cat(spent)
-    order = macs.argsort(stable=True)
+            classes, multiply_adds = evaluation.update(network, logits, labels.to(device))
+            predicted.append(classes.cpu())
+            spent.append(multiply_adds.double().cpu())
+    classes, multiply_adds = torch.cat(predicted), torch.cat(spent)
+    order = multiply_adds.argsort(stable=True)
     gated = bool(evaluation.names)
 
     def shown(indices: Tensor) -> list[dict[str, Any]]:
@@ -158,8 +174,8 @@ def evaluate(
             {
                 "index": index,
                 "label": data.classes[label],
-                "predicted": data.classes[guesses[index]],
-                "multiply_adds": macs[index].item(),
+                "predicted": data.classes[classes[index]],
+                "multiply_adds": multiply_adds[index].item(),
                 "png": _png(image),
             }
             for index, label, image in zip(indices.tolist(), labels.tolist(), images, strict=True)
@@ -168,7 +184,7 @@ def evaluate(
     return {
         **evaluation.summary(),
         "cost": {"dense": cost.dense, "gates": cost.gates, "fixed": cost.fixed},
-        "quantiles": macs.quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist(),
+        "quantiles": multiply_adds.quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist(),
         "by_class": evaluation.by_class(),
         "least": shown(order[:extremes]),
         "most": shown(order[-extremes:].flip(0)),
@@ -176,7 +192,7 @@ def evaluate(
 
 
 def _png(image: Tensor) -> str:
-    """An image of shape (C, H, W) as a PNG in base64, at most 64 pixels large."""
+    """An image of shape (C, H, W) as a PNG in base64, at most 64 pixels wide and high."""
     from torchvision.transforms.functional import to_pil_image
 
     picture = to_pil_image(image)

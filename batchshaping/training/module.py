@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -109,7 +110,7 @@ class GatedClassifier(pl.LightningModule):
         logits = self.network(images)
         losses = {"cross_entropy": F.cross_entropy(logits, labels)}
         if self._gates:
-            losses |= self.objective(gate_probabilities(self.network), self._costs(), self.progress)
+            losses |= self.objective(gate_probabilities(self.network), self._cost, self.progress)
         loss = torch.stack([*losses.values()]).sum()
         self._loss = loss.detach()
         # Not at every step, since for a small network the log takes as long as the step itself.
@@ -123,13 +124,9 @@ class GatedClassifier(pl.LightningModule):
             self.log_dict(shown, prog_bar=True, sync_dist=True)
         return loss
 
-    def _costs(self) -> dict[str, Tensor]:
-        """Costs of the last batch by their names, as shares of the costs with all gates open."""
-        decisions = straight_through_decisions(self.network)
-        return {
-            "multiply-adds": self.cost.per_example(decisions).mean() / self.cost.dense,
-            "open-gates": l0_penalty(decisions),
-        }
+    def _cost(self, name: str) -> Tensor:
+        """A cost of the last batch, as a share of the cost with all gates open."""
+        return _COSTS[name](self.cost, straight_through_decisions(self.network))
 
     @torch.no_grad()
     def _spent(self) -> Tensor:
@@ -202,6 +199,12 @@ class GatedClassifier(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+_COSTS: dict[str, Callable[[MultiplyAdds, list[Tensor]], Tensor]] = {
+    "multiply-adds": lambda cost, gates: cost.per_example(gates).mean() / cost.dense,
+    "open-gates": lambda cost, gates: l0_penalty(gates),
+}
 
 
 class DataModule(pl.LightningDataModule):

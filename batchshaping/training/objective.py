@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed
@@ -48,10 +48,10 @@ class Objective(nn.Module):
     Example:
         >>> objective = Objective(ObjectiveSettings(budget=0.5))
         >>> probabilities = [torch.rand(8, 16), torch.rand(8, 32)]
-        >>> cost = {"multiply-adds": torch.tensor(0.75), "open-gates": torch.tensor(0.5)}
-        >>> list(objective(probabilities, cost, progress=0.0))
+        >>> costs = {"multiply-adds": torch.tensor(0.75), "open-gates": torch.tensor(0.5)}
+        >>> list(objective(probabilities, costs.get, progress=0.0))
         ['batch_shaping']
-        >>> objective(probabilities, cost, progress=1.0)
+        >>> objective(probabilities, costs.get, progress=1.0)
         {'penalty': tensor(0.7500)}
     """
 
@@ -70,15 +70,15 @@ class Objective(nn.Module):
         self.noise = Ramp(1.0, last_noise, 0.0, settings.noise_end or 1.0)
 
     def forward(
-        self, probabilities: Sequence[Tensor], cost: Mapping[str, Tensor], progress: float
+        self, probabilities: Sequence[Tensor], cost: Callable[[str], Tensor], progress: float
     ) -> dict[str, Tensor]:
         """The weighted losses by their names, without those whose weight is 0.
 
         Args:
             probabilities: probability of each gate, of shape (N, gates) for each layer.
-            cost: costs of the batch by their names, as shares of the costs with all gates open. They must be
-                costs of the decisions, with the gradient of the probabilities: a penalty on the expected cost
-                would let the network end above its budget once the noise is gone.
+            cost: the cost of the batch as a function of its name, as a share of the cost with all gates open.
+                It must be the cost of the decisions, with the gradient of the probabilities: a penalty on the
+                expected cost would let the network end above its budget once the noise is gone.
             progress: share of training that is done, in [0, 1].
         """
         shaping, penalty = self.shaping(progress), self.penalty(progress)
@@ -86,7 +86,7 @@ class Objective(nn.Module):
         if shaping > 0:
             losses["batch_shaping"] = shaping * self._over_layers(probabilities)
         if penalty > 0:
-            spent = cost[self.penalized]
+            spent = cost(self.penalized)
             # The ranks together are above the budget or not, as one process with the whole batch would be.
             above = self._mean_over_ranks(spent.detach()) - self.budget
             losses["penalty"] = penalty * (above > 0) * (spent - self.budget)

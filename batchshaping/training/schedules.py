@@ -1,4 +1,4 @@
-"""How weights change through training."""
+"""Weights as functions of the progress of training."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 __all__ = ["Cosine", "Ramp", "Schedule", "Steps"]
 
 Schedule = Callable[[float], float]
-"""A weight as a function of progress: the share of training that is done, in [0, 1]."""
+"""A weight as a function of progress, the share of training that is done, in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes linearly from one value to another, and is constant before and after.
+    """A weight that changes linearly from one value to another, and is constant before and after.
 
-    Progress is the share of training that is done, in [0, 1], so that a schedule suits any length of it.
+    Since progress is a share of training, the same schedule serves trainings of any length.
 
     Attributes:
-        first: the weight until ``begin``.
+        first: the weight up to ``begin``.
         last: the weight from ``end`` on.
         begin: progress at which the ramp begins.
         end: progress at which it ends.
@@ -45,17 +45,17 @@ class Ramp:
             )
 
     def __call__(self, progress: float) -> float:
-        """The weight when this share of training is done."""
+        """The weight at this progress."""
         share = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
         return self.first + (self.last - self.first) * share
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A factor that starts at 1 and falls by ten at each milestone.
+    """A factor that starts at 1 and is divided by 10 at each milestone.
 
     Attributes:
-        milestones: shares of training.
+        milestones: values of progress.
 
     Example:
         >>> learning_rate = Steps((0.6, 0.75))
@@ -66,12 +66,12 @@ class Steps:
     milestones: tuple[float, ...]
 
     def __call__(self, progress: float) -> float:
-        """The factor when this share of training is done."""
+        """The factor at this progress."""
         return float(0.1 ** sum(progress >= milestone for milestone in self.milestones))
 
 
 class Cosine:
-    """A factor that falls from 1 to 0 as half a cosine does.
+    """A factor that falls from 1 to 0 along half a period of the cosine.
 
     Example:
         >>> learning_rate = Cosine()
@@ -80,5 +80,5 @@ class Cosine:
     """
 
     def __call__(self, progress: float) -> float:
-        """The factor when this share of training is done."""
+        """The factor at this progress."""
         return (1 + math.cos(math.pi * min(progress, 1.0))) / 2

@@ -1,9 +1,9 @@
-"""How many threads a network is computed with on the CPU.
+"""The number of threads with which a network is computed on the CPU.
 
-The threads of a process share out each layer and wait for each other at its end. In a small layer they gain
-nothing, and where another process takes the core of one of them, all others wait for it, layer after layer.
-A step of training took, with one thread and with two on a machine of two cores, idle and beside two busy
-processes:
+The threads of a process divide the work of each layer and wait for each other at its end. In a small layer
+this gains nothing; and where another process occupies the core of one thread, all others wait for it in every
+layer. A training step took the following times with one thread and with two threads, on a machine of two
+cores that was idle or had two other busy processes:
 
 =========================================  =============================  =============  ==================
 network, images in a step                  million multiply-adds a layer  idle machine   two busy processes
@@ -17,8 +17,7 @@ ResNet-8, 256 of 28 x 28                   150                            454, 2
 ResNet-18, 16 of 224 x 224                 784                            3317, 1821 ms
 =========================================  =============================  =============  ==================
 
-From about 35 million multiply-adds a layer on, a second thread makes a step one and a half times as fast or
-faster.
+From about 35 million multiply-adds a layer on, a second thread makes a step at least 1.5 times as fast.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from torch import nn
 __all__ = ["MULTIPLY_ADDS_OF_A_THREAD", "suitable_threads", "using_threads"]
 
 MULTIPLY_ADDS_OF_A_THREAD = 16e6
-"""How many multiply-adds of an average layer, over a whole batch, are worth a thread."""
+"""Number of multiply-adds of an average layer, over a whole batch, for which one more thread pays off."""
 
 
 def suitable_threads(
     network: nn.Module, multiply_adds: float, device: torch.device | str = "cpu", processes: int = 1
 ) -> int:
-    r"""As many threads as have enough to do in each layer, and no more than there are.
+    r"""The number of threads that have enough work in each layer, at most as many as are available.
 
     .. math::
         \max\left(1, \min\left(\left\lfloor
@@ -47,15 +46,15 @@ def suitable_threads(
         \left\lfloor \frac{\text{cores}}{\text{processes}} \right\rfloor,
         \text{threads of this process} \right)\right),
 
-    where layers are convolutions and linear layers. The threads of this process are as many as cores, unless
-    ``OMP_NUM_THREADS`` or :func:`torch.set_num_threads` say otherwise. On another device than the CPU there
-    is nothing to choose, and the threads of this process stay as many as they are.
+    where layers are convolutions and linear layers. A process has as many threads as there are cores, unless
+    ``OMP_NUM_THREADS`` or :func:`torch.set_num_threads` set another number. For other devices than the CPU,
+    the current number of threads is returned.
 
     Args:
         network: the network.
-        multiply_adds: what a forward pass of a batch costs.
-        device: where it is computed.
-        processes: how many processes of this machine compute at the same time.
+        multiply_adds: multiply-adds of a forward pass of a batch.
+        device: device of the network.
+        processes: number of processes that compute on this machine at the same time.
 
     Example:
         >>> from batchshaping.training.config import RunConfig
@@ -72,7 +71,7 @@ def suitable_threads(
 
 
 def _cores() -> int:
-    """The cores that this process may run on."""
+    """Number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
@@ -81,10 +80,12 @@ def _cores() -> int:
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, in this process and in those that it starts; afterwards as before.
+    """Compute with a number of threads, in this process and in processes that it starts.
+
+    Afterwards, the number is as before.
 
     Args:
-        count: how many threads.
+        count: number of threads.
 
     Example:
         >>> with using_threads(1):
@@ -93,7 +94,7 @@ def using_threads(count: int) -> Iterator[None]:
     """
     threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(count)
-    # Processes that are started read it; and where it is set, Lightning leaves the threads as they are.
+    # Processes that are started read this variable, and Lightning does not change the threads if it is set.
     os.environ["OMP_NUM_THREADS"] = str(count)
     try:
         yield

@@ -32,6 +32,20 @@ def _folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    run("train", *options(**{**TINY, "epochs": 1}), "--output", folder)
+    return folder
+
+
+@pytest.fixture
+def _trained_here(trained: Path) -> None:
+    """The same run in its usual place in the current folder."""
+    shutil.copytree(trained, "outputs/train")
+
+
 def options(**settings: object) -> list[str]:
     """Settings as options of the command line."""
     given = []
@@ -172,8 +186,8 @@ def test_a_run_is_not_resumed_with_other_settings(given: list[str], named: str) 
     assert files() == {}
 
 
+@pytest.mark.usefixtures("_trained_here")
 def test_a_run_is_resumed_with_another_machine_and_log() -> None:
-    run("train", *options(**{**TINY, "epochs": 1}))
     kept = Path("outputs/train/config.yaml").read_bytes()
     Path("outputs/train/result.json").unlink()
     line = refused("train", "--resume", "outputs/train", "--logger", "none", "--seed", "1")
@@ -187,9 +201,9 @@ def test_a_run_is_resumed_with_another_machine_and_log() -> None:
     assert Path("outputs/train/config.yaml").read_bytes() == kept
 
 
+@pytest.mark.usefixtures("_trained_here")
 @pytest.mark.parametrize("text", ["", "network: resnet8\n"])
 def test_a_configuration_that_was_cut_off_does_not_train_the_default_run(text: str) -> None:
-    run("train", *options(**{**TINY, "epochs": 1}))
     for name in ("result.json", "checkpoint.safetensors"):
         Path("outputs/train", name).unlink()
     Path("outputs/train/config.yaml").write_text(text)
@@ -202,16 +216,16 @@ def test_a_configuration_that_was_cut_off_does_not_train_the_default_run(text: s
     assert files() == before
 
 
+@pytest.mark.usefixtures("_trained_here")
 def test_a_folder_with_a_run_is_left_as_it_is() -> None:
-    run("train", *options(**{**TINY, "epochs": 1}))
     before = files()
     assert refused("train", *options(**TINY)).startswith("outputs/train already holds a run; resume it")
     assert files() == before
 
 
+@pytest.mark.usefixtures("_trained_here")
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "model.safetensors", "config.yaml"])
 def test_a_harmed_run_is_refused_and_left_as_it_is(name: str) -> None:
-    run("train", *options(**{**TINY, "epochs": 1}))
     Path("outputs/train/result.json").unlink()
     Path("outputs/train", name).write_bytes(b"spam")
     before = files()

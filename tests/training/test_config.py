@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from batchshaping.training.config import (
     write_config,
 )
 from batchshaping.training.schedules import Ramp, Steps
+from batchshaping.training.sections import MachineSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -167,6 +171,76 @@ def test_the_batch_is_shared_out_without_a_rest(settings: dict[str, Any]) -> Non
     config = RunConfig(**settings)
     parts = config.devices * config.nodes * config.accumulate
     assert config.batch_of_a_device * parts == config.batch_size and config.batch_of_a_device > 1
+
+
+# Sections
+
+
+@given(settings=every_setting)
+def test_a_configuration_is_its_sections(settings: dict[str, Any]) -> None:
+    config = RunConfig(**settings)
+    sections = {name: getattr(config, name) for name in SECTIONS}
+    assert RunConfig(**sections) == config
+    for name, section in sections.items():
+        others = {n: value for n, value in settings.items() if SETTINGS[n].section != name}
+        assert RunConfig(**{name: section}, **others) == config
+        assert type(section)(**section.model_dump()) == section
+        assert section.model_dump() == {n: settings[n] for n in settings if SETTINGS[n].section == name}
+    assert (config.network.name, config.data.name) == (settings["network"], settings["data"])
+
+
+@given(settings=every_setting)
+def test_settings_are_read_by_their_names_whichever_section_they_are_in(settings: dict[str, Any]) -> None:
+    config = RunConfig(**settings)
+    for name in settings.keys() - SECTIONS.keys():
+        assert getattr(config, name) == settings[name]
+    with pytest.raises(AttributeError, match="spam"):
+        getattr(config, "spam")  # noqa: B009
+
+
+@given(settings=every_setting, name=st.sampled_from(sorted(FIELDS)))
+def test_a_copy_has_other_settings_where_they_are_given(settings: dict[str, Any], name: str) -> None:
+    config = RunConfig(**{**settings, name: SETTINGS[name].default})
+    assert config.model_copy() == config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))
+    try:
+        expected = RunConfig(**settings)
+    except ValueError:
+        return
+    assert config.model_copy(update={name: settings[name]}) == expected
+    section = SETTINGS[name].section
+    assert config.model_copy(update={section: getattr(expected, section)}) == expected
+
+
+def test_a_copy_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"^epochs: "):
+        RunConfig().model_copy(update={"epochs": 0})
+    with pytest.raises(ValueError, match=r"^there is no setting 'spam'; "):
+        RunConfig().model_copy(update={"spam": 0})
+
+
+def test_a_part_of_the_settings_is_written_by_their_names() -> None:
+    config = RunConfig(seed=3, network="resnet14")
+    assert config.model_dump(exclude_defaults=True) == {"network": "resnet14", "seed": 3}
+    assert config.model_dump(include={"seed", "epochs"}) == {"epochs": 40, "seed": 3}
+    assert config.model_dump().keys() - config.model_dump(exclude={"seed"}).keys() == {"seed"}
+    assert json.loads(config.model_dump_json()) == config.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"machine": MachineSettings(), "nodes": 2},
+            "nodes is a setting of the section machine, received both",
+        ),
+        ({"data": MachineSettings()}, "data: input should be "),
+        ({"epochs": MachineSettings()}, "epochs: input should be "),
+        ({"machine": {"nodes": 2}}, "there is no setting 'machine'; "),
+        ({"data": {"data": "digits"}}, "data: input should be "),
+    ],
+)
+def test_sections_that_are_none_are_refused(settings: dict[str, Any], line: str) -> None:
+    assert refused(**settings).startswith(line)
 
 
 # What is refused

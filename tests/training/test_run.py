@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -23,7 +24,15 @@ from safetensors.torch import load_file, save_file
 from batchshaping.storage.files import only_writer
 from batchshaping.training.checkpoints import read_checkpoint, write_checkpoint
 from batchshaping.training.config import MAY_CHANGE, RunConfig
-from batchshaping.training.run import RunError, evaluate_run, read_result, resume, train
+from batchshaping.training.data import DataError, load_data
+from batchshaping.training.run import (
+    RunError,
+    evaluate_run,
+    make_data_module,
+    read_result,
+    resume,
+    train,
+)
 
 # Long enough to be interrupted in the middle: about a sixth of a second an epoch.
 CONFIG = RunConfig(
@@ -31,7 +40,7 @@ CONFIG = RunConfig(
     hidden=4,
     train_images=128,
     batch_size=32,
-    epochs=16,
+    epochs=10,
     budget=0.0,
     penalized="open-gates",
     log_every=1,
@@ -59,11 +68,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    train(SHORT, folder)
+    return folder
+
+
 @pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A short one that a test may harm."""
-    train(SHORT, tmp_path / "finished")
-    return tmp_path / "finished"
+def finished(short: Path, tmp_path: Path) -> Path:
+    """A short finished run that a test may change."""
+    return Path(shutil.copytree(short, tmp_path / "finished"))
 
 
 def facts(result: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +98,7 @@ def test_a_run_leaves_its_files_and_its_result(undisturbed: Path) -> None:
     assert result.keys() == {*read_result(undisturbed), "sha256"}
     assert yaml.safe_load((undisturbed / "config.yaml").read_text()) == result["config"]
     assert json.loads((undisturbed / "history.json").read_text()) == result["history"]
-    assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, 17))
+    assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, 11))
     assert {len(layer["histogram"]) for layer in result["layers"]} == {20}
     last = result["history"][-1]
     assert (last["shaping"], last["penalty"], last["noise"]) == (0.0, CONFIG.penalty, 0.0)
@@ -92,17 +108,45 @@ def test_a_run_leaves_its_files_and_its_result(undisturbed: Path) -> None:
     assert last["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 
+def test_a_result_says_its_kind_and_its_reference(undisturbed: Path, tmp_path: Path) -> None:
+    result = read_result(undisturbed)
+    assert result["kind"] == "channel gating"
+    ungated = train(ONCE.model_copy(update={"gated": False}), tmp_path / "ungated")
+    for each in (result, ungated):
+        assert each["reference"] == {
+            "name": "ResNet-8, width 2, ungated",
+            "multiply_adds": ungated["multiply_adds"],
+        }
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_the_log_has_an_entry_every_so_many_steps(log_every: int, tmp_path: Path) -> None:
+    train(SHORT.model_copy(update={"log_every": log_every}), tmp_path / "run")
+    with (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["loss"]]
+    assert steps == [*range(log_every - 1, 8, log_every)]
+
+
+def test_more_images_in_a_batch_than_there_are_are_refused() -> None:
+    config = RunConfig(train_images=100, batch_size=100)
+    assert make_data_module(config, load_data(config.data)).batch_size == 100
+    line = "batch_size must be at most the number of training images, 100, received 101"
+    config = RunConfig(train_images=100, batch_size=101)
+    with pytest.raises(DataError, match=rf"\A{line}\Z"):
+        make_data_module(config, load_data(config.data))
+
+
 def test_the_training_of_a_run_learns(undisturbed: Path) -> None:
     losses = [epoch["loss"] for epoch in read_result(undisturbed)["history"]]
     assert losses[-1] < losses[0]
 
 
-def test_a_seed_decides_everything(tmp_path: Path) -> None:
-    first = facts(train(SHORT, tmp_path / "first"))
+def test_a_seed_decides_everything(short: Path, tmp_path: Path) -> None:
+    first = facts(read_result(short))
     torch.manual_seed(17)
     assert facts(train(SHORT, tmp_path / "again")) == first
-    assert first == facts(read_result(tmp_path / "first")) == facts(read_result(tmp_path / "again"))
-    weights, again = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again"))
+    assert first == facts(read_result(tmp_path / "again"))
+    weights, again = (load_file(folder / "model.safetensors") for folder in (short, tmp_path / "again"))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     other = train(SHORT.model_copy(update={"seed": 1}), tmp_path / "other")
     assert other["loss"] != first["loss"]
@@ -157,11 +201,11 @@ def test_an_interrupted_run_goes_on_to_the_result_it_would_have_had(
         assert stderr.splitlines()[-1] == f"interrupted; to go on: batchshaping train --resume {folder}"
 
 
-def test_a_run_that_did_not_get_through_its_first_epoch_starts_again(tmp_path: Path) -> None:
-    expected = facts(train(SHORT, tmp_path / "whole"))
+def test_a_run_that_did_not_get_through_its_first_epoch_starts_again(short: Path, tmp_path: Path) -> None:
+    expected = facts(read_result(short))
     begun = tmp_path / "begun"
     begun.mkdir()
-    (begun / "config.yaml").write_bytes((tmp_path / "whole" / "config.yaml").read_bytes())
+    (begun / "config.yaml").write_bytes((short / "config.yaml").read_bytes())
     assert facts(resume(begun)) == expected
 
 
@@ -394,8 +438,8 @@ def test_a_checkpoint_without_a_part_or_with_another_is_refused_in_a_line(
     assert content(run) == before
 
 
-def test_a_run_of_an_earlier_version_goes_on(begun: Path, tmp_path: Path) -> None:
-    expected = facts(train(SHORT, tmp_path / "whole"))
+def test_files_without_checksums_are_read(begun: Path, short: Path, tmp_path: Path) -> None:
+    expected = facts(read_result(short))
     run = tmp_path / "run"
     shutil.copytree(begun, run)
     lines = (run / "config.yaml").read_text().splitlines(keepends=True)
@@ -413,6 +457,39 @@ def test_a_run_of_an_earlier_version_goes_on(begun: Path, tmp_path: Path) -> Non
     assert facts(read_result(run)) == expected
 
 
+EARLIER = Path(__file__).parent / "earlier_runs"
+"""Runs of the version before configurations had sections, one finished and one killed in its fifth epoch."""
+
+
+def test_an_interrupted_run_of_an_earlier_version_goes_on_to_its_result(tmp_path: Path) -> None:
+    expected = read_result(EARLIER / "finished")
+    run = tmp_path / "run"
+    shutil.copytree(EARLIER / "interrupted", run)
+    known = json.loads((run / "history.json").read_text())
+    result = resume(run, logger="none")
+    assert result["kind"] == "channel gating" and result["reference"]["multiply_adds"] == 13008
+    assert result["config"] == {**expected["config"], "logger": "none"}
+    assert result["history"][:4] == known == expected["history"][:4]
+    # Sums are taken in another order on other machines, which changes losses here by a millionth.
+    for one, other in zip([*result["history"], result], [*expected["history"], expected], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.01)
+    assert expected.keys() <= result.keys()
+
+
+def test_a_finished_run_of_an_earlier_version_is_read_and_evaluated(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(EARLIER / "finished", run)
+    before = content(run)
+    result = read_result(run)
+    assert resume(run) == result
+    metrics = evaluate_run(run)
+    assert metrics["accuracy"] == pytest.approx(result["accuracy"], abs=0.01)
+    assert metrics["loss"] == pytest.approx(result["loss"], rel=1e-3)
+    assert metrics.keys() <= result.keys()
+    assert content(run) == before
+
+
 # Two at once
 
 
@@ -426,11 +503,11 @@ def test_of_two_that_train_in_one_folder_one_wins_and_the_other_is_told(tmp_path
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        for seed in (1, 2, 3)
+        for seed in (1, 2)
     ]
     said = [command.communicate(timeout=120) for command in commands]
     codes = [command.returncode for command in commands]
-    assert sorted(codes) == [0, 2, 2], said
+    assert sorted(codes) == [0, 2], said
     seed = 1 + codes.index(0)
     for code, (_, stderr) in zip(codes, said, strict=True):
         if code:
