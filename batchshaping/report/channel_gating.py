@@ -21,7 +21,7 @@ class ChannelGating:
 
     name = "channel_gating"
     nouns = ("ungated run", "gated run")
-    columns = (
+    explanation = (
         "A gate is always on if it is open for every test image, always off if for none, "
         "and conditional otherwise."
     )
@@ -33,11 +33,11 @@ class ChannelGating:
     )
     words: Mapping[str, Callable[[Any], str]] = {
         "gated": lambda gated: "gates" if gated else "ungated",
-        "shaping": lambda weight: f"batch shaping {weight:g}" if weight else "no batch shaping",
-        "budget": lambda share: f"budget {100 * share:g}%",
+        "shaping": lambda weight: f"batch shaping {weight:.12g}" if weight else "no batch shaping",
+        "budget": lambda share: f"budget {100 * share:.12g}%",
         "network": str,
         "width": lambda channels: f"width {channels}",
-        "prior": lambda prior: "prior Beta({:g}, {:g})".format(*prior),
+        "prior": lambda prior: "prior Beta({:.12g}, {:.12g})".format(*prior),
         "penalized": lambda what: f"{what.replace('-', ' ')} penalized",
     }
 

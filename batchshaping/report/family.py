@@ -66,7 +66,7 @@ class Family(Protocol):
         """What a run of a reference is called, and any other run."""
 
     @property
-    def columns(self) -> str:
+    def explanation(self) -> str:
         """A sentence below the table that explains the columns of the family."""
 
     @property
@@ -100,7 +100,7 @@ class UnknownFamily:
     kind: str
     name: str = "unknown"
     nouns: tuple[str, str] = ("run", "run")
-    columns: str = ""
+    explanation: str = ""
     compared: Collection[str] = ()
     words: Mapping[str, Callable[[Any], str]] = field(default_factory=dict, compare=False)
 

@@ -49,7 +49,7 @@ function deviations(points, metric, shade) {
 function drawTraining() {
   plot("accuracy", 260, [curve(run, { name: "accuracy", shade: "empirical", dash: "solid", form: ".1%" }, (i) => run.epochs[i].accuracy)], {
     xaxis: epochAxis(run),
-    yaxis: axis("test accuracy", { tickformat: ".1~%" }),
+    yaxis: axis("test accuracy", { tickformat: ".1~%", ...around(run.epochs.map((epoch) => epoch.accuracy), 0.01, 1) }),
   });
   if (run.is_reference) return;
   plot(

@@ -74,10 +74,16 @@ class Run:
         return {name: self.config.get(name) for name in settings}
 
     @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration without the seed, machine and log, and without what has no effect on the run."""
+        ignored = {*MAY_CHANGE, "seed", *self.family.idle(self.config)}
+        return {name: value for name, value in self.config.items() if name not in ignored}
+
+    @cached_property
     def recipe(self) -> str:
-        """Equal for runs that differ in their seed, their machine and their log only."""
-        kept = {name: value for name, value in self.config.items() if name not in _NOT_OF_A_SETTING}
-        return json.dumps([self.family.name, self.view.curve.name, self.data, kept], sort_keys=True)
+        """Equal for runs of the same setting."""
+        parts = [self.family.name, self.view.curve.name, self.data, self.settings]
+        return json.dumps(parts, sort_keys=True)
 
     @property
     def seed(self) -> Any:
@@ -86,9 +92,8 @@ class Run:
 
     @cached_property
     def words(self) -> dict[str, str]:
-        """Its settings in a reader's words, without those that have no effect on it."""
-        silent = {*_NOT_OF_A_SETTING, *self.family.idle(self.config)}
-        return _words(self.family, {name: v for name, v in self.config.items() if name not in silent})
+        """Its settings in a reader's words."""
+        return _words(self.family, self.settings)
 
     @cached_property
     def data_words(self) -> dict[str, str]:
@@ -97,8 +102,6 @@ class Run:
 
 
 _DATA = ("data", "image_size", "train_images")
-
-_NOT_OF_A_SETTING = {*MAY_CHANGE, "seed"}
 
 _COMMON_WORDS: dict[str, Callable[[Any], str]] = {
     "network": str,
@@ -144,7 +147,7 @@ def read_run(name: str, result: Mapping[str, Any]) -> Run:
     try:
         run = _run(name, _completed(result))
         # Everything else is derived from these, and a page can have no number that JSON has not.
-        derived = [run.share, run.recipe, run.seed, [*run.words.values()]]
+        derived = [number(run.share), run.recipe, run.seed, [*run.words.values()]]
         shown = [run.view.shares, run.view.pictures, run.view.texts]
         json.dumps([derived, shown, run.accuracy, run.epochs], allow_nan=False)
     except KeyError as error:

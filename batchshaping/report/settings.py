@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed, their machine and their log only.
+    """Runs with the same settings: they differ in seed, machine, log and in what has no effect, if at all.
 
     Attributes:
         runs: by seed.
@@ -141,7 +141,7 @@ class Comparison:
         names = [*dict.fromkeys(run.reference.name for run in self.runs if not run.is_reference)]
         more = f"; and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         references = f"Reference{'s' * (len(names) > 1)}: {'; '.join(names[:_MOST_NAMES])}{more}."
-        meanings = dict.fromkeys(run.family.columns for run in self.runs if run.view.shares)
+        meanings = dict.fromkeys(run.family.explanation for run in self.runs if run.view.shares)
         return [*([references] if names else []), *meanings]
 
     @property
@@ -180,7 +180,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
 
 def _settings(runs: Sequence[Run]) -> list[Setting]:
     groups = _grouped(sorted(runs, key=_seed), lambda run: run.recipe)
-    shown = differing([{name: group[0].config[name] for name in group[0].words} for group in groups])
+    shown = differing([group[0].settings for group in groups])
     return [
         Setting(
             runs=tuple(group),

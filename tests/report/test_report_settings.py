@@ -125,6 +125,49 @@ def test_a_setting_is_called_what_it_differs_in(settings: list[dict[str, Any]], 
     assert [by_run[str(i)] for i in range(len(settings))] == names
 
 
+def test_what_has_no_effect_makes_no_setting() -> None:
+    runs = {"0": result(gated=False, budget=0.2), "1": result(gated=False, seed=1, budget=0.4, shaping=0)}
+    assert settings_of(runs) == {"ungated": ["0", "1"]}
+
+
+SETTINGS = {
+    "gated": st.booleans(),
+    "shaping": st.sampled_from([0, 0.5, 0.75]),
+    "budget": st.sampled_from([0.2, 0.3, 0.30000001, 1 / 3]),
+    "prior": st.sampled_from([[0.6, 0.4], [0.6, 0.4000001]]),
+    "network": st.sampled_from(["resnet8", "resnet18"]),
+    "width": st.sampled_from([8, 16]),
+    "augment": st.booleans(),
+    "noise_end": st.sampled_from([None, 0.5]),
+    "seed": st.integers(0, 2),
+}
+UNGATED = result(gated=False, epochs=1)
+
+
+@given(st.lists(st.fixed_dictionaries(SETTINGS), min_size=1, max_size=10))
+def test_runs_have_the_same_name_if_and_only_if_they_are_of_the_same_setting(
+    given: list[dict[str, Any]],
+) -> None:
+    def without_seed(settings: dict[str, Any]) -> str:
+        idle = {"seed"}
+        idle |= set() if settings["gated"] else {"shaping", "budget", "prior", "noise_end"}
+        idle |= {"width"} if settings["network"] == "resnet18" else set()
+        return json.dumps(
+            {name: value for name, value in settings.items() if name not in idle}, sort_keys=True
+        )
+
+    bases = [BASE if each["gated"] else UNGATED for each in given]
+    results = {
+        str(i): base | {"config": base["config"] | each}
+        for i, (base, each) in enumerate(zip(bases, given, strict=True))
+    }
+    expected: dict[str, set[str]] = {}
+    for name, each in enumerate(given):
+        expected.setdefault(without_seed(each), set()).add(str(name))
+    found = settings_of(results).values()
+    assert sorted(map(sorted, found)) == sorted(map(sorted, expected.values()))
+
+
 @pytest.mark.parametrize("value", ["x", None, [1], {}, True, -1, "<b>"], ids=repr)
 @pytest.mark.parametrize("name", ["budget", "gated", "network", "width", "train_images", "milestones"])
 def test_a_setting_with_any_value_has_a_name(name: str, value: Any) -> None:
