@@ -11,7 +11,6 @@ from batchshaping import _moved as _moved
 from batchshaping.cdfs.betainc import betainc
 from batchshaping.cdfs.betaincinv import betaincinv
 from batchshaping.channel_gating.blocks import gate_resnet
-from batchshaping.channel_gating.multiply_adds import count_macs
 from batchshaping.channel_gating.resnets import (
     gated_resnet18,
     gated_resnet20,
@@ -20,17 +19,17 @@ from batchshaping.channel_gating.resnets import (
     gated_resnet50,
     gated_resnet56,
 )
-from batchshaping.gates import (
-    ChannelGate,
+from batchshaping.gates.channel import ChannelGate
+from batchshaping.gates.cost import count_macs
+from batchshaping.gates.forced import gates_forced
+from batchshaping.gates.gate import (
     Gate,
     binary_concrete,
     gate_decisions,
     gate_probabilities,
-    gate_statistics,
-    gates_forced,
-    l0_penalty,
     straight_through_decisions,
 )
+from batchshaping.gates.summary import gate_statistics, l0_penalty
 from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
 from batchshaping.losses.modules import BatchShapingLoss

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from batchshaping.gates import gate_probabilities, named_gates, straight_through_decisions
+from batchshaping.gates.gate import gate_probabilities, named_gates, straight_through_decisions
 from batchshaping.training import module, run
 from batchshaping.training.config import RunConfig
 

@@ -20,19 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import batchshaping as bs
-from batchshaping.gates import (
-    ChannelGate,
+from batchshaping.gates.channel import ChannelGate
+from batchshaping.gates.forced import gates_forced
+from batchshaping.gates.gate import (
     Gate,
-    GateCounts,
     binary_concrete,
     gate_decisions,
     gate_probabilities,
-    gate_statistics,
-    gates_forced,
-    l0_penalty,
     named_gates,
     straight_through_decisions,
 )
+from batchshaping.gates.summary import GateCounts, gate_statistics, l0_penalty
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

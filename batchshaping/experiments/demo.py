@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from batchshaping.figures.distributions import plot_density
 from batchshaping.figures.style import COLORS, house_style
-from batchshaping.gates import GateStatistics, gate_probabilities, gate_statistics
+from batchshaping.gates.gate import gate_probabilities
+from batchshaping.gates.summary import GateStatistics, gate_statistics
 from batchshaping.priors.families import Beta
 from batchshaping.training import run
 from batchshaping.training.config import RunConfig

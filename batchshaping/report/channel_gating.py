@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from batchshaping.priors import Beta
+from batchshaping.priors.families import Beta
 from batchshaping.report.checked import OutOfRangeError, number, numbers
 from batchshaping.report.family import Curve, View
 from batchshaping.report.texts import plotly_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchshaping.files import quoted
+from batchshaping.storage.files import quoted
 
 __all__ = ["OutOfRangeError", "number", "numbers"]
 

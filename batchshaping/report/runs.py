@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from batchshaping.files import quoted
 from batchshaping.report.checked import OutOfRangeError, number
 from batchshaping.report.families import family_of
 from batchshaping.report.family import Family, View
 from batchshaping.report.texts import setting_text, shortened
+from batchshaping.storage.files import quoted
 from batchshaping.training.config import MAY_CHANGE
 
 __all__ = ["Reference", "Run", "read_run"]

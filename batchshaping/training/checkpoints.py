@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from batchshaping.files import quoted, replaced
+from batchshaping.storage.files import quoted, replaced
 
 __all__ = ["SafeCheckpoints", "read_checkpoint", "read_tensors", "write_checkpoint", "write_tensors"]
 

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from batchshaping.files import quoted, replaced
+from batchshaping.storage.files import quoted, replaced
 from batchshaping.training import plain_yaml
 from batchshaping.training.networks import FAMILIES, Network, network_settings
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchshaping.channel_gating.multiply_adds import MultiplyAdds
-from batchshaping.gates import Gate, GateCounts, gate_decisions, gate_probabilities
+from batchshaping.gates.cost import MultiplyAdds
+from batchshaping.gates.gate import Gate, gate_decisions, gate_probabilities
+from batchshaping.gates.summary import GateCounts
 from batchshaping.training.data import Data, batches
 from batchshaping.training.threads import suitable_threads, using_threads
 
@@ -153,7 +154,7 @@ def evaluate(
     network.eval()
     dtype = next(network.parameters()).dtype
     zeros = torch.zeros(1, *data.shape, device=device, dtype=dtype)
-    cost = MultiplyAdds(network, zeros)
+    cost = MultiplyAdds.measure(network, zeros)
     evaluation = Evaluation(network, cost, data.classes)
     predicted, spent = [], []
     with using_threads(threads or suitable_threads(network, cost.dense * batch, device)):

@@ -13,14 +13,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from batchshaping.channel_gating.multiply_adds import MultiplyAdds
-from batchshaping.gates import (
-    Gate,
-    gate_decisions,
-    gate_probabilities,
-    l0_penalty,
-    straight_through_decisions,
-)
+from batchshaping.gates.cost import MultiplyAdds
+from batchshaping.gates.gate import Gate, gate_decisions, gate_probabilities, straight_through_decisions
+from batchshaping.gates.summary import l0_penalty
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Batch, Data, Images, batches, shift_and_flip
 from batchshaping.training.evaluation import Evaluation

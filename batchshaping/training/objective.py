@@ -9,8 +9,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from batchshaping.batch_shaping_loss import BatchShapingLoss
-from batchshaping.priors import Beta
+from batchshaping.losses.modules import BatchShapingLoss
+from batchshaping.priors.families import Beta
 from batchshaping.training.schedules import Ramp
 from batchshaping.training.sections import ObjectiveSettings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from batchshaping.files import quoted
+from batchshaping.storage.files import quoted
 
 __all__ = ["dump", "load"]
 

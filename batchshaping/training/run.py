@@ -37,8 +37,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 import batchshaping
-from batchshaping.channel_gating.multiply_adds import MultiplyAdds
-from batchshaping.files import created, only_writer
+from batchshaping.gates.cost import MultiplyAdds
+from batchshaping.storage.files import created, only_writer
 from batchshaping.training.checkpoints import read_checkpoint, read_tensors, write_tensors
 from batchshaping.training.config import MAY_CHANGE, RunConfig, read_whole_config, write_config
 from batchshaping.training.data import Data, DataError, load_data
@@ -286,7 +286,7 @@ def make_classifier(config: RunConfig, data: Data) -> GatedClassifier:
     """
     torch.manual_seed(config.optimization.seed)
     network = config.network.build(len(data.classes), data.shape)
-    cost = MultiplyAdds(network, torch.zeros(1, *data.shape))
+    cost = MultiplyAdds.measure(network, torch.zeros(1, *data.shape))
     objective = Objective(config.objective, across_ranks=config.machine.processes > 1)
     return GatedClassifier(network, cost, objective, config.optimization, data)
 

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from batchshaping.files import quoted
+from batchshaping.storage.files import quoted
 
 __all__ = [
     "DATASETS",

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from batchshaping.files import replaced
+from batchshaping.storage.files import replaced
 from batchshaping.training.checkpoints import SafeCheckpoints
 from batchshaping.training.config import RunConfig
 from batchshaping.training.module import GatedClassifier

@@ -22,7 +22,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import batchshaping as bs
 from batchshaping.channel_gating.blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gate_resnet
 from batchshaping.channel_gating.resnets import SmallImageResNet
-from batchshaping.gates import gate_decisions, gate_probabilities, gates_forced, named_gates
+from batchshaping.gates.forced import gates_forced
+from batchshaping.gates.gate import gate_decisions, gate_probabilities, named_gates
 
 CLASSIFIERS = ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]
 SEGMENTERS = ["fcn_resnet50", "deeplabv3_resnet50"]

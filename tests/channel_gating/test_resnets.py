@@ -11,7 +11,7 @@ from torchvision.models import resnet18, resnet34, resnet50
 
 import batchshaping as bs
 from batchshaping.channel_gating.resnets import SmallImageResNet
-from batchshaping.gates import Gate, named_gates
+from batchshaping.gates.gate import Gate, named_gates
 
 SMALL = {20: bs.gated_resnet20, 32: bs.gated_resnet32, 56: bs.gated_resnet56}
 LARGE = {

@@ -22,9 +22,10 @@ from torchvision.models.segmentation import fcn_resnet50
 import batchshaping as bs
 from batchshaping.channel_gating import multiply_adds as former
 from batchshaping.channel_gating.resnets import SmallImageResNet
-from batchshaping.gates import ChannelGate, gate_decisions, gate_probabilities, gates_forced, named_gates
+from batchshaping.gates.channel import ChannelGate
 from batchshaping.gates.cost import Constant, ConvolutionTerm, GateRun, MultiplyAdds, Switched, count_macs
-from batchshaping.gates.gate import keep_every_run
+from batchshaping.gates.forced import gates_forced
+from batchshaping.gates.gate import gate_decisions, gate_probabilities, keep_every_run, named_gates
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> float:

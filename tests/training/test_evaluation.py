@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from batchshaping.channel_gating.multiply_adds import MultiplyAdds, count_macs
-from batchshaping.gates import ChannelGate
+from batchshaping.gates.channel import ChannelGate
+from batchshaping.gates.cost import MultiplyAdds, count_macs
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, ImagesInMemory, batches
 from batchshaping.training.evaluation import BINS, Evaluation, evaluate
@@ -189,7 +189,7 @@ def test_the_size_of_the_batches_does_not_matter(batch: int, network: nn.Module,
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_evaluations_of_parts_add_up_to_that_of_all(ranks: int, network: nn.Module, data: Data) -> None:
-    cost = MultiplyAdds(network, torch.zeros(1, *data.shape))
+    cost = MultiplyAdds.measure(network, torch.zeros(1, *data.shape))
     parts = []
     for rank in range(ranks):
         evaluation = Evaluation(network, cost, data.classes)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchshaping.gates import Gate, gate_decisions, gate_probabilities
+from batchshaping.gates.gate import Gate, gate_decisions, gate_probabilities
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, load_data
 from batchshaping.training.module import GatedClassifier, make_network

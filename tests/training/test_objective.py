@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import batchshaping as bs
-from batchshaping.channel_gating.multiply_adds import MultiplyAdds
+from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.training.checkpoints import SafeCheckpoints, read_checkpoint
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import load_data
@@ -85,7 +85,7 @@ def test_a_learned_prior_is_optimized_moved_and_checkpointed(tmp_path: Path) -> 
     def made() -> GatedClassifier:
         torch.manual_seed(0)
         network = config.network.build(len(data.classes), data.shape)
-        cost = MultiplyAdds(network, torch.zeros(1, *data.shape))
+        cost = MultiplyAdds.measure(network, torch.zeros(1, *data.shape))
         learned = bs.Beta(nn.Parameter(torch.tensor(0.6)), 0.4)
         return GatedClassifier(network, cost, Objective(config.objective, learned), config.optimization, data)
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from batchshaping.channel_gating.multiply_adds import MultiplyAdds
+from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.training import evaluation, threads
 from batchshaping.training.config import RunConfig, write_config
 from batchshaping.training.module import make_network
@@ -65,7 +65,7 @@ def test_small_networks_get_one_thread_and_large_ones_all_cores(
 ) -> None:
     machine(monkeypatch, cores=16)
     network = make_network(RunConfig(**settings), 10, shape[0])
-    cost = MultiplyAdds(network, torch.zeros(1, *shape))
+    cost = MultiplyAdds.measure(network, torch.zeros(1, *shape))
     assert suitable_threads(network, cost.dense * batch) == expected
 
 
