@@ -272,8 +272,8 @@ class MultiplyAdds:
 
         Args:
             gates: values of shape (N, gates) for each gate module, by the names of the modules or in the
-                order of ``model.modules()``: decisions, as :func:`~batchshaping.gates.gate_decisions` gives
-                them, for what was spent; :func:`~batchshaping.gates.straight_through_decisions` for the same
+                order of ``model.modules()``: decisions, as :func:`~batchshaping.gates.gate.gate_decisions` gives
+                them, for what was spent; :func:`~batchshaping.gates.gate.straight_through_decisions` for the same
                 with a gradient; or probabilities for the expectation over independent gates, differentiable.
 
         Returns:

@@ -21,8 +21,8 @@ def l0_penalty(probabilities: Tensor | Sequence[Tensor]) -> Tensor:
 
     Args:
         probabilities: a tensor (N, gates), or one for each layer as
-            :func:`~batchshaping.gates.gate_probabilities` gives them, or
-            :func:`~batchshaping.gates.straight_through_decisions` where there is less than the full noise;
+            :func:`~batchshaping.gates.gate.gate_probabilities` gives them, or
+            :func:`~batchshaping.gates.gate.straight_through_decisions` where there is less than the full noise;
             every gate counts the same, whatever its layer.
 
     Returns:
@@ -111,7 +111,7 @@ class GateCounts:
 
         Args:
             decisions: zeros and ones of shape (N, gates) a layer, as
-                :func:`~batchshaping.gates.gate_decisions` gives them.
+                :func:`~batchshaping.gates.gate.gate_decisions` gives them.
             labels: the examples' classes 0, 1, ..., of shape (N,).
 
         Raises:

@@ -65,7 +65,7 @@ def batch_shaping(
             ``dim``: one prior for all arrays, or one for each.
         dim: the dimension or dimensions that hold the samples; None takes all values as one array.
         statistic: "cramer_von_mises" (the formula above), "anderson_darling" or "wasserstein", or a
-            :class:`~batchshaping.statistics.Statistic` of one's own.
+            :class:`~batchshaping.statistics.statistic.Statistic` of one's own.
         mask: booleans that broadcast to x's shape; values where it is False are left out.
         ties: whether equal values of x share the largest of their ranks, as in the exact empirical CDF,
             instead of taking consecutive ones.
