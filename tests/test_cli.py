@@ -333,7 +333,7 @@ def test_what_an_error_quotes_is_cut_to_a_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "cause", "shown"),
     [
-        (["train", "--epochs", "many"], "pydantic_core._pydantic_core.ValidationError", "_one_line"),
+        (["train", "--epochs", "many"], "pydantic_core._pydantic_core.ValidationError", "one_line"),
         (["train", "--config", "bad.yaml"], "UnicodeDecodeError", "_text"),
         (["train", "--resume", "missing"], "batchshaping.training.run.RunError", "resume"),
         (["evaluate", "missing"], "batchshaping.training.run.RunError", "evaluate_run"),
