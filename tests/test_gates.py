@@ -33,6 +33,7 @@ from batchshaping.gates import (
     named_gates,
     straight_through_decisions,
 )
+from batchshaping.gates.gate import keep_every_run
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -524,6 +525,177 @@ def test_a_network_can_be_copied_after_a_forward_pass(copied: type[nn.Module]) -
     with pytest.raises(RuntimeError, match="before a forward pass"):
         gate_probabilities(other)
     assert torch.equal(network.eval()(x), other.eval()(x))
+
+
+# Gates that run several times in one forward pass
+
+
+class Repeated(nn.Module):
+    """Runs its gates several times, and the second one only if it is told to."""
+
+    def __init__(self, times: int = 2) -> None:
+        super().__init__()
+        self.times, self.both = times, True
+        self.first, self.second = ChannelGate(4, 4), ChannelGate(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = x * (1 + self.first(x))
+        return x * (1 + self.second(x)) if self.both else x
+
+
+def decisions_one_by_one(model: Repeated, x: Tensor) -> list[Tensor]:
+    """Of the first gate in evaluation, by calling it on its own."""
+    found = []
+    for _ in range(model.times):
+        gates = model.first(x)
+        found.append(gates)
+        x = x * (1 + gates)
+    return found
+
+
+def repeated(times: int = 2) -> Repeated:
+    model = Repeated(times).eval()
+    nn.init.normal_(model.first.to_logits[3].weight, std=2.0)
+    keep_every_run(model)
+    return model
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_the_runs_of_one_forward_pass_are_side_by_side_and_those_of_another_are_forgotten(times: int) -> None:
+    torch.manual_seed(3)
+    model = repeated(times)
+    for x in torch.randn(4, 9, 4):
+        expected = torch.cat(decisions_one_by_one(model, x), dim=1)
+        model(x)
+        assert torch.equal(model.first.decisions, expected)
+        for reading in READINGS:
+            assert getattr(model.first, reading).shape == (9, 4 * times)
+        assert len(model.first._runs) == times and model.second.decisions.shape == (9, 4)
+    copied = copy.deepcopy(model)
+    assert not hasattr(copied.first, "decisions")
+    copied(x)
+    assert torch.equal(copied.first.decisions, expected)
+    assert pickle.loads(pickle.dumps(model.first))(x).shape == (9, 4)
+
+
+def test_a_gate_that_is_called_on_its_own_is_no_part_of_a_forward_pass() -> None:
+    model, x = repeated(), torch.randn(9, 4)
+    model(x)
+    alone = model.first(x)
+    assert torch.equal(model.first.decisions, alone)
+    model(x)
+    assert model.first.decisions.shape == (9, 8)
+
+
+def test_a_gate_that_does_not_run_in_a_forward_pass_keeps_nothing_of_another_one() -> None:
+    model, x = repeated(), torch.randn(9, 4)
+    model(x)
+    model.both = False
+    model(x)
+    with pytest.raises(RuntimeError, match=r"gate 'second': .* did not run in the last one$"):
+        gate_decisions(model)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_forward_pass_that_fails_is_not_mixed_with_the_next(error: type[BaseException]) -> None:
+    model, x = repeated(), torch.randn(9, 4)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    failing = model.second.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        model(x)
+    failing.remove()
+    model(x)
+    assert model.first.decisions.shape == (9, 8) and model.second.decisions.shape == (9, 4)
+
+
+def test_the_gates_of_a_part_keep_the_runs_of_the_whole() -> None:
+    part = repeated()
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(self.part(x))
+
+    whole, x = Whole(), torch.randn(9, 4)
+    whole(x)
+    assert part.first.decisions.shape == (9, 8), "nobody asked the whole"
+    keep_every_run(whole)
+    for _ in range(2):
+        whole(x)
+        assert part.first.decisions.shape == (9, 16)
+    part(x)
+    assert part.first.decisions.shape == (9, 8)
+
+
+def test_a_gate_that_runs_with_other_examples_each_time_is_refused_by_name() -> None:
+    model = repeated()
+    model.register_forward_hook(lambda module, args, output: module.first(torch.randn(3, 4)), prepend=True)
+    model(torch.randn(9, 4))
+    message = r"gate 'first': .* the same number of examples each time, received \[9, 9, 3\]$"
+    with pytest.raises(RuntimeError, match=message):
+        gate_decisions(model)
+
+
+def test_every_run_is_shaped_and_reached_by_a_loss() -> None:
+    model, x = Repeated(), torch.randn(64, 4)
+    keep_every_run(model)
+    model(x)
+    first, _ = gate_probabilities(model)
+    gradients = [
+        torch.autograd.grad(shaping([part]), model.first.to_logits[3].bias, retain_graph=True)[0]
+        for part in (first, *first.split(4, dim=1))
+    ]
+    torch.testing.assert_close(2 * gradients[0], gradients[1] + gradients[2])
+    assert all(bool((gradient != 0).all()) for gradient in gradients)
+
+
+def test_a_backward_pass_that_runs_layers_again_leaves_the_last_forward_pass_to_be_read() -> None:
+    network, first, last = Network(), images(), images()
+    saving = Checkpointed(network)
+    loss = saving(first).square().mean()
+    saving(last)
+    decisions = gate_decisions(network)
+    loss.backward()
+    assert same(gate_decisions(network), decisions)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_keeps_every_run(backend: str) -> None:
+    torch.compiler.reset()
+    model, x = repeated(), torch.randn(9, 4)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for step in range(2):
+        with torch.no_grad():
+            compiled(x + step)
+            found = model.first.decisions
+            model(x + step)
+        assert torch.equal(found, model.first.decisions) and found.shape == (9, 8)
+
+
+# Pickles of before
+
+
+def test_a_pickle_finds_its_classes_where_they_were() -> None:
+    for name, kind in (("ChannelGate", ChannelGate), ("Gate", Gate), ("GateCounts", GateCounts)):
+        assert pickle.loads(f"cbatchshaping.gates\n{name}\n.".encode()) is kind
+
+
+def test_the_state_of_a_gate_of_before_is_taken_over() -> None:
+    gate, x = ChannelGate(3, 7).eval(), images()
+    state = gate.__getstate__()
+    del state["_runs"], state["_pass"]
+    former = ChannelGate.__new__(ChannelGate)
+    former.__setstate__({**state, "_logits": None, "_decisions": None})
+    assert not hasattr(former, "decisions")
+    assert torch.equal(former(x), gate(x)) and torch.equal(former.decisions, gate.decisions)
+    assert vars(former).keys() == vars(gate).keys()
 
 
 # Networks that are traced, exported, replicated
