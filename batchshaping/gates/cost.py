@@ -20,7 +20,7 @@ and an attention of :math:`n_q` queries and :math:`n_k` keys of width d, and val
 a head, whatever is masked. What is computed once for a whole batch is shared by its examples. Normalizations,
 activations, pooling and sums do not count, as is usual.
 
-Totals are those of :class:`torch.utils.flop_counter.FlopCounterMode`, halved, where that sees everything. It
+Totals are those of ``torch.utils.flop_counter.FlopCounterMode``, halved, where that sees everything. It
 does not see what some kernels compute: attention on the CPU, and the inference kernels of torch's transformer
 layers.
 """
