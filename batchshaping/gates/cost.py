@@ -20,7 +20,7 @@ and an attention of :math:`n_q` queries and :math:`n_k` keys of width d, and val
 a head, whatever is masked. What is computed once for a whole batch is shared by its examples. Normalizations,
 activations, pooling and sums do not count, as is usual.
 
-Totals are those of :class:`torch.utils.flop_counter.FlopCounterMode`, halved, where that sees everything. It
+Totals are those of ``torch.utils.flop_counter.FlopCounterMode``, halved, where that sees everything. It
 does not see what some kernels compute: attention on the CPU, and the inference kernels of torch's transformer
 layers.
 """
@@ -272,9 +272,10 @@ class MultiplyAdds:
 
         Args:
             gates: values of shape (N, gates) for each gate module, by the names of the modules or in the
-                order of ``model.modules()``: decisions, as :func:`~batchshaping.gates.gate.gate_decisions` gives
-                them, for what was spent; :func:`~batchshaping.gates.gate.straight_through_decisions` for the same
-                with a gradient; or probabilities for the expectation over independent gates, differentiable.
+                order of ``model.modules()``: decisions, as
+                :func:`~batchshaping.gates.gate.gate_decisions` gives them, for what was spent;
+                :func:`~batchshaping.gates.gate.straight_through_decisions` for the same with a gradient; or
+                probabilities for the expectation over independent gates, differentiable.
 
         Returns:
             A tensor of shape (N,), added up in double precision and rounded once to the type of the gates, at

@@ -22,8 +22,8 @@ def l0_penalty(probabilities: Tensor | Sequence[Tensor]) -> Tensor:
     Args:
         probabilities: a tensor (N, gates), or one for each layer as
             :func:`~batchshaping.gates.gate.gate_probabilities` gives them, or
-            :func:`~batchshaping.gates.gate.straight_through_decisions` where there is less than the full noise;
-            every gate counts the same, whatever its layer.
+            :func:`~batchshaping.gates.gate.straight_through_decisions` where there is less than the full
+            noise; every gate counts the same, whatever its layer.
 
     Returns:
         A scalar in [0, 1].

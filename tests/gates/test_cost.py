@@ -869,6 +869,32 @@ def test_the_former_constructor_measures() -> None:
         assert pickle.loads(pickle.dumps(made)).dense == expected.dense
 
 
+def test_a_pickle_of_before_gives_the_same_costs() -> None:
+    model, x = (
+        bs.gate_resnet(tiny(Bottleneck, groups=2, width_per_group=32), hidden=3),
+        torch.randn(2, 3, 32, 32),
+    )
+    expected = MultiplyAdds.measure(model, x)
+    numbers = {name: number for number, name in enumerate(named_gates(model))}
+    layers = {}
+    for term in expected.terms:
+        gates = [numbers[run.name] for run in term.gates]
+        if term.layer.endswith("conv1") and gates:
+            gates.insert(0, None)
+        layers[term.layer] = former._Layer(
+            term.macs if gates else term.per_example({}).item(), getattr(term, "groups", 1), *gates
+        )
+    state = {"_layers": layers, "_switched": [layer for layer in layers.values() if layer.gate_of_input]}
+    state |= {"_gates": [*expected.widths.values()]}
+    state |= {name: getattr(expected, name) for name in ("dense", "gates", "fixed")}
+    found = former.MultiplyAdds.__new__(former.MultiplyAdds)
+    found.__setstate__(state)
+    assert (found.dense, found.gates, found.fixed) == (expected.dense, expected.gates, expected.fixed)
+    decisions = gate_decisions(model)
+    assert torch.equal(found.per_example(decisions), expected.per_example(decisions))
+    assert [*found.per_layer(decisions)] == [*expected.per_layer(decisions)]
+
+
 def test_layers_of_gates_are_told_from_others_wherever_they_are_found_first() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

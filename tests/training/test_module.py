@@ -92,14 +92,14 @@ def multiply_adds(network: nn.Module, data: Data, gates: list[Tensor]) -> tuple[
         for name, layer in plain_layers.items()
     ]
     modes = {module: module.training for module in network.modules()}
-    made = [(gate, gate._logits, gate._decisions) for gate in network.modules() if isinstance(gate, Gate)]
+    made = [(gate, gate._runs) for gate in network.modules() if isinstance(gate, Gate)]
     with torch.no_grad():
         network.eval()(torch.zeros(1, *data.shape))
         plain(torch.zeros(1, *data.shape))
     for module, mode in modes.items():
         module.training = mode
-    for gate, logits, decisions in made:
-        gate._logits, gate._decisions = logits, decisions
+    for gate, runs in made:
+        gate._runs = runs
     for handle in handles:
         handle.remove()
     dense = sum(n for name, n in macs.items() if name.startswith("plain "))

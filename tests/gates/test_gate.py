@@ -5,62 +5,36 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from gated_networks import (
+    DTYPES,
+    Checkpointed,
+    Network,
+    gradients,
+    images,
+    same,
+    seeds,
+    shaping,
+    some_logits,
+    temperatures,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-import batchshaping as bs
 from batchshaping.gates.channel import ChannelGate
-from batchshaping.gates.forced import gates_forced
-from batchshaping.gates.gate import (
-    Gate,
-    binary_concrete,
-    gate_decisions,
-    gate_probabilities,
-    named_gates,
-    straight_through_decisions,
-)
+from batchshaping.gates.gate import Gate, binary_concrete, gate_decisions, gate_probabilities, named_gates, straight_through_decisions
 from batchshaping.gates.summary import GateCounts, gate_statistics, l0_penalty
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-
-temperatures = st.floats(0.05, 20.0)
-some_logits = st.lists(st.floats(-50, 50), min_size=1, max_size=20)
-seeds = st.integers(0, 2**32 - 1)
-
-
-class Network(nn.Module):
-    """Two gated layers, one inside of the other's module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first_gate = ChannelGate(3, 5)
-        self.first = nn.Conv2d(3, 5, 3, padding=1)
-        self.inner = nn.ModuleDict({"gate": ChannelGate(5, 7), "layer": nn.Conv2d(5, 7, 3)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first_gate(x) * self.first(x)
-        x = self.inner["gate"](x) * self.inner["layer"](x)
-        return x.mean(dim=(2, 3))
-
-
-def images(n: int = 32) -> Tensor:
-    return torch.randn(n, 3, 6, 6)
-
-
-def shaping(probabilities: Sequence[Tensor]) -> Tensor:
-    return torch.stack([bs.batch_shaping(p, bs.Beta(0.6, 0.4), dim=0) for p in probabilities]).sum()
-
+from batchshaping.gates.forced import gates_forced
+from batchshaping.gates.gate import keep_every_run
 
 # Binary concrete
 
@@ -290,63 +264,6 @@ def test_another_noise_does_not_compile_the_network_anew() -> None:
     assert torch.equal(decisions.bool(), gate.probabilities > 0.5)
 
 
-# The channel gate
-
-
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 6, 5), (4, 3, 2, 6, 5)])
-def test_gates_multiply_features_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
-    gates = ChannelGate(3, 7)(torch.randn(shape))
-    assert gates.shape == (4, 7, *[1] * (len(shape) - 2))
-
-
-def test_feature_maps_are_read_as_their_means() -> None:
-    gate = ChannelGate(3, 7).eval()
-    x = images()
-    assert torch.equal(gate(x).flatten(1), gate(x.mean(dim=(2, 3))))
-
-
-def test_the_logits_are_those_of_the_formula() -> None:
-    gate = ChannelGate(3, 7, hidden=4)
-    x = images().double()
-    gate.double().train()(x)
-    first, norm, _, last = gate.to_logits
-    z = x.numpy().mean(axis=(2, 3)) @ first.weight.detach().numpy().T
-    z = (z - z.mean(axis=0)) / np.sqrt(z.var(axis=0) + norm.eps)
-    logits = np.maximum(z, 0) @ last.weight.detach().numpy().T + last.bias.detach().numpy()
-    np.testing.assert_allclose(
-        gate.probabilities.detach().numpy(), 1 / (1 + np.exp(-logits)), rtol=1e-12, atol=0
-    )
-
-
-def test_in_evaluation_a_gate_is_open_iff_its_probability_is_above_one_half() -> None:
-    gate = ChannelGate(3, 7).eval()
-    gates = gate(images())
-    assert torch.equal(gates.flatten(1).bool(), gate.probabilities > 0.5)
-    assert 0 < gates.mean() < 1
-
-
-@given(bias=st.floats(-10, 10), seed=seeds)
-def test_the_bias_is_added_to_every_logit_and_changes_nothing_else(bias: float, seed: int) -> None:
-    logits = []
-    for added in (0.0, bias):
-        torch.manual_seed(seed)
-        gate, x = ChannelGate(3, 7, bias=added).eval(), images(8)
-        gate(x)
-        logits.append(gate.probabilities.double().logit())
-    torch.testing.assert_close(logits[1] - logits[0], torch.full_like(logits[0], bias), rtol=0, atol=2e-3)
-
-
-def test_a_high_bias_opens_all_gates_and_a_low_one_closes_them() -> None:
-    assert ChannelGate(3, 7, bias=50.0)(images()).mean() == 1
-    assert ChannelGate(3, 7, bias=-50.0)(images()).mean() == 0
-
-
-@pytest.mark.parametrize("shape", [(3,), (4, 5), (4, 5, 3)])
-def test_another_number_of_channels_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x must have shape \(N, 3, \.\.\.\), received \("):
-        ChannelGate(3, 7)(torch.randn(shape))
-
-
 # Reading the probabilities
 
 
@@ -486,22 +403,6 @@ def test_a_model_without_gates_has_nothing_to_read(read: Callable[[nn.Module], o
         read(nn.Linear(2, 3))
 
 
-def gradients(network: Network, forward: nn.Module, x: Tensor) -> list[Tensor]:
-    torch.manual_seed(1)
-    task = forward(x).square().mean()
-    (task + shaping(gate_probabilities(network))).backward()
-    return [p.grad for p in network.parameters() if p.grad is not None]
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.network, x, use_reentrant=False)
-
-
 @pytest.mark.parametrize(
     "wrap", [Checkpointed, lambda network: torch.compile(network, backend="aot_eager", fullgraph=True)]
 )
@@ -522,6 +423,177 @@ def test_a_network_can_be_copied_after_a_forward_pass(copied: type[nn.Module]) -
     with pytest.raises(RuntimeError, match="before a forward pass"):
         gate_probabilities(other)
     assert torch.equal(network.eval()(x), other.eval()(x))
+
+
+# Gates that run several times in one forward pass
+
+
+class Repeated(nn.Module):
+    """Runs its gates several times, and the second one only if it is told to."""
+
+    def __init__(self, times: int = 2) -> None:
+        super().__init__()
+        self.times, self.both = times, True
+        self.first, self.second = ChannelGate(4, 4), ChannelGate(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = x * (1 + self.first(x))
+        return x * (1 + self.second(x)) if self.both else x
+
+
+def decisions_one_by_one(model: Repeated, x: Tensor) -> list[Tensor]:
+    """Of the first gate in evaluation, by calling it on its own."""
+    found = []
+    for _ in range(model.times):
+        gates = model.first(x)
+        found.append(gates)
+        x = x * (1 + gates)
+    return found
+
+
+def repeated(times: int = 2) -> Repeated:
+    model = Repeated(times).eval()
+    nn.init.normal_(model.first.to_logits[3].weight, std=2.0)
+    keep_every_run(model)
+    return model
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_the_runs_of_one_forward_pass_are_side_by_side_and_those_of_another_are_forgotten(times: int) -> None:
+    torch.manual_seed(3)
+    model = repeated(times)
+    for x in torch.randn(4, 9, 4):
+        expected = torch.cat(decisions_one_by_one(model, x), dim=1)
+        model(x)
+        assert torch.equal(model.first.decisions, expected)
+        for reading in READINGS:
+            assert getattr(model.first, reading).shape == (9, 4 * times)
+        assert len(model.first._runs) == times and model.second.decisions.shape == (9, 4)
+    copied = copy.deepcopy(model)
+    assert not hasattr(copied.first, "decisions")
+    copied(x)
+    assert torch.equal(copied.first.decisions, expected)
+    assert pickle.loads(pickle.dumps(model.first))(x).shape == (9, 4)
+
+
+def test_a_gate_that_is_called_on_its_own_is_no_part_of_a_forward_pass() -> None:
+    model, x = repeated(), torch.randn(9, 4)
+    model(x)
+    alone = model.first(x)
+    assert torch.equal(model.first.decisions, alone)
+    model(x)
+    assert model.first.decisions.shape == (9, 8)
+
+
+def test_a_gate_that_does_not_run_in_a_forward_pass_keeps_nothing_of_another_one() -> None:
+    model, x = repeated(), torch.randn(9, 4)
+    model(x)
+    model.both = False
+    model(x)
+    with pytest.raises(RuntimeError, match=r"gate 'second': .* did not run in the last one$"):
+        gate_decisions(model)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_forward_pass_that_fails_is_not_mixed_with_the_next(error: type[BaseException]) -> None:
+    model, x = repeated(), torch.randn(9, 4)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    failing = model.second.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        model(x)
+    failing.remove()
+    model(x)
+    assert model.first.decisions.shape == (9, 8) and model.second.decisions.shape == (9, 4)
+
+
+def test_the_gates_of_a_part_keep_the_runs_of_the_whole() -> None:
+    part = repeated()
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(self.part(x))
+
+    whole, x = Whole(), torch.randn(9, 4)
+    whole(x)
+    assert part.first.decisions.shape == (9, 8), "nobody asked the whole"
+    keep_every_run(whole)
+    for _ in range(2):
+        whole(x)
+        assert part.first.decisions.shape == (9, 16)
+    part(x)
+    assert part.first.decisions.shape == (9, 8)
+
+
+def test_a_gate_that_runs_with_other_examples_each_time_is_refused_by_name() -> None:
+    model = repeated()
+    model.register_forward_hook(lambda module, args, output: module.first(torch.randn(3, 4)), prepend=True)
+    model(torch.randn(9, 4))
+    message = r"gate 'first': .* the same number of examples each time, received \[9, 9, 3\]$"
+    with pytest.raises(RuntimeError, match=message):
+        gate_decisions(model)
+
+
+def test_every_run_is_shaped_and_reached_by_a_loss() -> None:
+    model, x = Repeated(), torch.randn(64, 4)
+    keep_every_run(model)
+    model(x)
+    first, _ = gate_probabilities(model)
+    gradients = [
+        torch.autograd.grad(shaping([part]), model.first.to_logits[3].bias, retain_graph=True)[0]
+        for part in (first, *first.split(4, dim=1))
+    ]
+    torch.testing.assert_close(2 * gradients[0], gradients[1] + gradients[2])
+    assert all(bool((gradient != 0).all()) for gradient in gradients)
+
+
+def test_a_backward_pass_that_runs_layers_again_leaves_the_last_forward_pass_to_be_read() -> None:
+    network, first, last = Network(), images(), images()
+    saving = Checkpointed(network)
+    loss = saving(first).square().mean()
+    saving(last)
+    decisions = gate_decisions(network)
+    loss.backward()
+    assert same(gate_decisions(network), decisions)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_keeps_every_run(backend: str) -> None:
+    torch.compiler.reset()
+    model, x = repeated(), torch.randn(9, 4)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for step in range(2):
+        with torch.no_grad():
+            compiled(x + step)
+            found = model.first.decisions
+            model(x + step)
+        assert torch.equal(found, model.first.decisions) and found.shape == (9, 8)
+
+
+# Pickles of before
+
+
+def test_a_pickle_finds_its_classes_where_they_were() -> None:
+    for name, kind in (("ChannelGate", ChannelGate), ("Gate", Gate), ("GateCounts", GateCounts)):
+        assert pickle.loads(f"cbatchshaping.gates\n{name}\n.".encode()) is kind
+
+
+def test_the_state_of_a_gate_of_before_is_taken_over() -> None:
+    gate, x = ChannelGate(3, 7).eval(), images()
+    state = gate.__getstate__()
+    del state["_runs"], state["_pass"]
+    former = ChannelGate.__new__(ChannelGate)
+    former.__setstate__({**state, "_logits": None, "_decisions": None})
+    assert not hasattr(former, "decisions")
+    assert torch.equal(former(x), gate(x)) and torch.equal(former.decisions, gate.decisions)
+    assert vars(former).keys() == vars(gate).keys()
 
 
 # Networks that are traced, exported, replicated
@@ -772,356 +844,3 @@ def test_the_noise_keeps_its_value_whatever_becomes_of_the_weights() -> None:
 def test_a_gate_is_made_where_and_of_what_type_it_is_asked_to_be() -> None:
     gate = ChannelGate(3, 7, device="meta", dtype=torch.float64)
     assert all(p.is_meta and p.dtype == torch.float64 for p in gate.parameters())
-
-
-# Gates that chance decides for
-
-
-def forced_decisions(
-    network: nn.Module, share: float, seed: int = 0, n: int = 32, batches: int = 1
-) -> list[Tensor]:
-    """Of all batches, one tensor a gate module."""
-    with gates_forced(network, share, seed):
-        found = []
-        for _ in range(batches):
-            network(images(n))
-            found.append(gate_decisions(network))
-    return [torch.cat(layer) for layer in zip(*found, strict=True)]
-
-
-def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_all_gates_can_be_closed_or_opened(share: float, training: bool) -> None:
-    network = Network().train(training)
-    assert all((d == share).all() for d in forced_decisions(network, share))
-
-
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.8])
-def test_a_share_is_the_probability_of_each_gate_for_each_example(share: float) -> None:
-    n = 20_000
-    decisions = torch.cat(forced_decisions(Network().eval(), share, n=n), dim=1).double()
-    within = 5 * (share * (1 - share) / n) ** 0.5
-    assert bool(((decisions.mean(dim=0) - share).abs() < within).all())
-    # One gate says nothing about another.
-    correlation = decisions.T.corrcoef() - torch.eye(decisions.shape[1])
-    assert bool((correlation.abs() < 5 / n**0.5).all())
-
-
-def test_a_seed_decides_the_same_whatever_the_gates_compute_and_another_seed_differently() -> None:
-    first = forced_decisions(Network(), 0.5, seed=3, batches=2)
-    torch.manual_seed(1)
-    assert same(forced_decisions(Network().eval(), 0.5, seed=3, batches=2), first)
-    other = forced_decisions(Network(), 0.5, seed=4, batches=2)
-    assert not any(torch.equal(o, f) for o, f in zip(other, first, strict=True))
-    assert not torch.equal(first[0][:32], first[0][32:]), "each batch has decisions of its own"
-
-
-def test_chance_draws_from_a_stream_of_its_own() -> None:
-    network, x = Network(), images()
-    state = torch.get_rng_state()
-    with gates_forced(network, 0.5):
-        network(x)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_forced_gates_can_be_nested_and_end_with_their_block() -> None:
-    network, x = Network().eval(), images()
-    network(x)
-    own = gate_decisions(network)
-    with gates_forced(network, 1.0):
-        with gates_forced(network, 0.0):
-            network(x)
-            assert all((d == 0).all() for d in gate_decisions(network))
-        network(x)
-        assert all((d == 1).all() for d in gate_decisions(network))
-        with gates_forced(network.inner, 0.0):
-            network(x)
-            assert [d.mean().item() for d in gate_decisions(network)] == [1.0, 0.0]
-    network(x)
-    assert same(gate_decisions(network), own)
-
-
-def test_forced_gates_may_end_in_another_order_than_they_began() -> None:
-    network, x = Network().eval(), images()
-    network(x)
-    own = gate_decisions(network)
-    first, second = ExitStack(), ExitStack()
-    first.enter_context(gates_forced(network, 1.0))
-    second.enter_context(gates_forced(network, 0.0))
-    first.close()
-    network(x)
-    assert all((d == 0).all() for d in gate_decisions(network))
-    second.close()
-    network(x)
-    assert same(gate_decisions(network), own)
-
-
-def test_gates_decide_again_after_an_error() -> None:
-    network, x = Network().eval(), images()
-    network(x)
-    own = gate_decisions(network)
-    with pytest.raises(KeyError), gates_forced(network, 1.0):
-        raise KeyError
-    network(x)
-    assert same(gate_decisions(network), own)
-
-
-def test_forced_gates_keep_the_probabilities_with_their_gradient() -> None:
-    network, x = Network(), images()
-    with gates_forced(network, 0.5):
-        network(x)
-        shaping(gate_probabilities(network)).backward()
-    for gate in named_gates(network).values():
-        assert all(p.grad is not None and bool((p.grad != 0).any()) for p in gate.parameters())
-
-
-def test_forced_gates_of_a_compiled_network_are_those_of_the_network() -> None:
-    torch.compiler.reset()
-    network, x = Network().eval(), images()
-    compiled = torch.compile(network, backend="aot_eager")
-    with torch.no_grad():
-        own = compiled(x)
-        for share in (0.0, 0.5, 1.0):
-            expected = forced_decisions(network, share, seed=2)
-            assert same(forced_decisions(compiled, share, seed=2), expected)
-            with gates_forced(network, share, seed=2):
-                found = compiled(x)
-            with gates_forced(network, share, seed=2):
-                torch.testing.assert_close(found, network(x))
-        torch.testing.assert_close(compiled(x), own)
-
-
-def test_checkpointing_changes_no_gradient_of_forced_gates() -> None:
-    network, x = Network(), images()
-    other = copy.deepcopy(network)
-    with gates_forced(network, 0.5, seed=2):
-        expected = gradients(network, network, x)
-    with gates_forced(other, 0.5, seed=2):
-        found = gradients(other, Checkpointed(other), x)
-    for e, f in zip(expected, found, strict=True):
-        torch.testing.assert_close(f, e)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_beyond_0_and_1_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=rf"share must be in \[0, 1\], received {share}"):
-        forced_decisions(Network(), share)
-
-
-@pytest.mark.parametrize("seed", [-1, 0.5, "a"])
-def test_a_seed_that_is_none_is_refused(seed: int) -> None:
-    with pytest.raises(ValueError, match=f"seed must be an integer, at least 0, received {seed!r}"):
-        forced_decisions(Network(), 0.5, seed)
-
-
-def test_a_model_without_gates_cannot_be_forced() -> None:
-    with (
-        pytest.raises(ValueError, match="at least one Gate, received a Linear"),
-        gates_forced(nn.Linear(2, 3), 1),
-    ):
-        pass
-
-
-# The L0 penalty
-
-
-@given(n=st.integers(1, 5), widths=st.lists(st.integers(1, 4), min_size=1, max_size=3), seed=seeds)
-def test_the_penalty_is_the_mean_over_all_gates_and_its_gradient_the_same_for_each(
-    n: int, widths: list[int], seed: int
-) -> None:
-    torch.manual_seed(seed)
-    layers = [torch.rand(n, width, dtype=torch.float64, requires_grad=True) for width in widths]
-    penalty = l0_penalty(layers)
-    penalty.backward()
-    everything = np.concatenate([p.detach().numpy().ravel() for p in layers])
-    assert penalty.item() == pytest.approx(everything.mean(), rel=1e-12)
-    for p in layers:
-        assert p.grad is not None
-        np.testing.assert_allclose(p.grad.numpy(), 1 / len(everything))
-    assert torch.equal(l0_penalty(torch.cat(layers, dim=1)), penalty)
-
-
-@pytest.mark.parametrize("empty", [[], torch.empty(0, 3), torch.empty(3, 0)])
-def test_there_is_no_mean_of_no_gates(empty: Tensor | list[Tensor]) -> None:
-    for function in (l0_penalty, gate_statistics):
-        with pytest.raises(ValueError, match="at least one example and one gate"):
-            function(empty)
-
-
-@pytest.mark.parametrize("shapes", [[(2, 3), (3, 3)], [(3,), (3,)], [(2, 3), (2, 3, 1)]])
-def test_layers_of_other_examples_are_refused_with_all_shapes(shapes: list[tuple[int, ...]]) -> None:
-    layers = [torch.ones(shape) for shape in shapes]
-    for function in (l0_penalty, gate_statistics):
-        with pytest.raises(ValueError, match=r"^layers must have shapes \(N, gates\)[^\n]*$") as error:
-            function(layers)
-        assert str(error.value).endswith(f"received {shapes}")
-
-
-# The statistics
-
-
-@given(
-    n=st.integers(1, 6),
-    widths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
-    dtype=st.sampled_from([torch.bool, torch.int64, torch.float32]),
-    seed=seeds,
-)
-def test_statistics_equal_a_count_of_every_gate(
-    n: int, widths: list[int], p: float, dtype: torch.dtype, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    layers = [(torch.rand(n, width) < p).to(dtype) for width in widths]
-    columns = [column.tolist() for layer in layers for column in layer.T]
-    on = sum(all(column) for column in columns)
-    off = sum(not any(column) for column in columns)
-    total = len(columns)
-    statistics = gate_statistics(layers)
-    assert statistics == pytest.approx(
-        (on / total, off / total, (total - on - off) / total, sum(map(sum, columns)) / (n * total))
-    )
-    assert gate_statistics(torch.cat(layers, dim=1)) == statistics
-
-
-@pytest.mark.parametrize("wrong", [0.3, -1.0, 2.0, float("nan")])
-def test_a_probability_is_no_decision(wrong: float) -> None:
-    with pytest.raises(ValueError, match=f"decisions must be 0 or 1, received {wrong:g}"):
-        gate_statistics(torch.tensor([[1.0, wrong]]))
-
-
-# The counts by class
-
-
-def random_decisions(n: int, widths: Sequence[int], p: float) -> list[Tensor]:
-    return [(torch.rand(n, width) < p).float() for width in widths]
-
-
-@given(
-    n=st.integers(1, 12),
-    classes=st.integers(1, 4),
-    widths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
-    batch=st.integers(1, 12),
-    seed=seeds,
-)
-def test_counts_equal_a_count_of_every_decision_however_the_data_is_split(
-    n: int, classes: int, widths: list[int], p: float, batch: int, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    layers, labels = random_decisions(n, widths, p), torch.randint(classes, (n,))
-    counts = GateCounts(classes)
-    for part in torch.arange(n).split(batch):
-        counts.update([layer[part] for layer in layers], labels[part])
-    for found, layer in zip(counts.open, layers, strict=True):
-        expected = [
-            [sum(int(row[gate]) for row, c in zip(layer, labels, strict=True) if c == k) for gate in range(w)]
-            for k, w in [(k, layer.shape[1]) for k in range(classes)]
-        ]
-        assert found.tolist() == expected
-    assert counts.examples.tolist() == [sum(c == k for c in labels.tolist()) for k in range(classes)]
-    assert counts.statistics() == gate_statistics(layers)
-    for index, layer in enumerate(layers):
-        assert counts.statistics(index) == gate_statistics(layer)
-
-
-def test_a_network_is_counted_after_each_of_its_batches() -> None:
-    network, counts = Network().eval(), GateCounts(classes=3)
-    seen = []
-    for _ in range(3):
-        network(images())
-        counts.update(gate_decisions(network), torch.arange(32) % 3)
-        seen.append(gate_decisions(network))
-    everything = [torch.cat(layer) for layer in zip(*seen, strict=True)]
-    assert counts.statistics() == gate_statistics(everything)
-    assert [layer.sum().item() for layer in counts.open] == [d.sum().item() for d in everything]
-
-
-@pytest.mark.parametrize("wrong", [0.3, -1.0, 2.0, float("nan")])
-def test_a_batch_with_a_probability_is_refused_and_not_counted(wrong: float) -> None:
-    counts = GateCounts(classes=2)
-    good = [torch.ones(2, 3), torch.zeros(2, 4)]
-    counts.update(good, torch.tensor([0, 1]))
-    before = counts.statistics()
-    with pytest.raises(ValueError, match=f"decisions must be 0 or 1, received {wrong:g}"):
-        counts.update([good[0], torch.full((2, 4), wrong)], torch.tensor([0, 1]))
-    assert counts.statistics() == before
-    assert counts.examples.tolist() == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("shapes", "labels", "message"),
-    [
-        ([(2, 3)], [0], r"decisions must have shapes \(N, gates\) = \[\(1, 3\)\], received \[\(2, 3\)\]"),
-        ([(2, 4)], [0, 1], r"= \[\(2, 3\)\], received \[\(2, 4\)\]"),
-        ([(2, 3), (2, 3)], [0, 1], r"= \[\(2, 3\)\], received \[\(2, 3\), \(2, 3\)\]"),
-        ([(2,)], [0, 1], r"received \[\(2,\)\]"),
-        ([(2, 3, 1)], [0, 1], r"received \[\(2, 3, 1\)\]"),
-        ([(2, 3)], [0, 2], r"labels must be in 0, \.\.\., 1, received 2"),
-        ([(2, 3)], [-1, 0], r"labels must be in 0, \.\.\., 1, received -1"),
-        ([(2, 3)], [0.0, 1.0], r"labels must be integers of shape \(N,\), received torch.float32"),
-        (
-            [(2, 3)],
-            [[0, 1]],
-            r"labels must be integers of shape \(N,\), received torch.int64 of shape \(1, 2",
-        ),
-    ],
-)
-def test_a_batch_of_another_shape_or_class_is_refused_and_not_counted(
-    shapes: list[tuple[int, ...]], labels: list[int], message: str
-) -> None:
-    counts = GateCounts(classes=2)
-    counts.update([torch.ones(2, 3)], torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=message):
-        counts.update([torch.ones(shape) for shape in shapes], torch.tensor(labels))
-    assert counts.examples.tolist() == [1, 1]
-    assert [layer.tolist() for layer in counts.open] == [[[1] * 3] * 2]
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (2,), (2, 3, 1), ()])
-def test_a_first_batch_that_is_not_of_the_labels_examples_is_refused(shape: tuple[int, ...]) -> None:
-    counts = GateCounts(classes=2)
-    with pytest.raises(ValueError, match=r"decisions must have shapes \(N, gates\) = \[\(2, "):
-        counts.update([torch.ones(2, 3), torch.ones(shape)], torch.tensor([0, 1]))
-    assert not counts.open and counts.examples.tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("classes", [0, -1, 1.5])
-def test_there_must_be_a_class(classes: int) -> None:
-    with pytest.raises(ValueError, match=f"classes must be an integer, at least 1, received {classes}"):
-        GateCounts(classes)
-
-
-def test_there_are_no_statistics_of_nothing() -> None:
-    with pytest.raises(ValueError, match="at least one example and one gate"):
-        GateCounts(classes=2).statistics()
-
-
-@pytest.mark.parametrize("examples", [0, 1])
-def test_a_gate_in_training_says_that_it_needs_two_examples(examples: int) -> None:
-    gate = ChannelGate(3, 4)
-    with pytest.raises(ValueError, match=f"needs at least 2 examples, received {examples}"):
-        gate(torch.randn(examples, 3))
-    assert gate.eval()(torch.randn(examples, 3)).shape == (examples, 4)
-    assert gate.decisions.shape == gate.probabilities.shape == (examples, 4)
-    gate.train()
-    gate.to_logits[1].eval()  # frozen, it needs no batch
-    assert gate(torch.randn(examples, 3)).shape == (examples, 4)
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.5, 16.0, True, "a", None])
-@pytest.mark.parametrize("name", ["in_channels", "out_channels", "hidden"])
-def test_a_width_that_is_none_is_refused_in_one_line(name: str, value: object) -> None:
-    settings = {"in_channels": 3, "out_channels": 4, name: value}
-    with pytest.raises(ValueError, match=f"^{name} must be an integer, at least 1, received {value!r}$"):
-        ChannelGate(**settings)
-    assert isinstance(ChannelGate(**{**settings, name: np.int64(5)}), ChannelGate)
-
-
-@pytest.mark.parametrize("bias", [float("nan"), float("inf"), -float("inf")])
-def test_a_bias_that_is_not_finite_is_refused_in_one_line(bias: float) -> None:
-    with pytest.raises(ValueError, match=f"^bias must be finite, received {bias}$"):
-        ChannelGate(3, 4, bias=bias)
