@@ -31,10 +31,17 @@ from torch._dynamo.testing import CompileCounter
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from batchshaping.gates.channel import ChannelGate
-from batchshaping.gates.gate import Gate, binary_concrete, gate_decisions, gate_probabilities, named_gates, straight_through_decisions
-from batchshaping.gates.summary import GateCounts, gate_statistics, l0_penalty
 from batchshaping.gates.forced import gates_forced
-from batchshaping.gates.gate import keep_every_run
+from batchshaping.gates.gate import (
+    Gate,
+    binary_concrete,
+    gate_decisions,
+    gate_probabilities,
+    keep_every_run,
+    named_gates,
+    straight_through_decisions,
+)
+from batchshaping.gates.summary import GateCounts, gate_statistics, l0_penalty
 
 # Binary concrete
 
