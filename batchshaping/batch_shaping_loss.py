@@ -1,4 +1,4 @@
-"""The loss under its published names; new code is better served by :func:`batchshaping.batch_shaping`."""
+"""The loss under its published names; new code is better served by :func:`~batchshaping.losses.functional.batch_shaping`."""
 
 from __future__ import annotations
 

@@ -340,7 +340,7 @@ class MultiplyAdds:
 
 
 def count_macs(model: nn.Module, x: Tensor) -> Tensor:
-    """Multiply-adds that each example costs with the gates it gets, as :class:`MultiplyAdds` counts them.
+    """Multiply-adds that each example costs with the gates it gets, as :class:`~batchshaping.gates.cost.MultiplyAdds` counts them.
 
     The model runs once, in evaluation and without a gradient; its mode and its weights stay as they are. What
     a single kernel of another kind computes is not counted: recurrent layers where cuDNN or oneDNN computes
@@ -354,7 +354,7 @@ def count_macs(model: nn.Module, x: Tensor) -> Tensor:
         A tensor of shape (N,): multiply-adds, the gates' own included.
 
     Raises:
-        ValueError: as :meth:`MultiplyAdds.measure` does.
+        ValueError: as :meth:`~batchshaping.gates.cost.MultiplyAdds.measure` does.
 
     Example:
         >>> import batchshaping as bs

@@ -42,7 +42,7 @@ def gates_forced(model: nn.Module, share: float, seed: int = 0) -> Iterator[None
     """Let chance decide for the gates of a model, whatever they compute: for tests, benchmarks and what-if.
 
     Args:
-        model: a module that holds :class:`Gate` s.
+        model: a module that holds :class:`~batchshaping.gates.gate.Gate` s.
         share: each gate is open for each example with this probability: 1 opens all, 0 closes all.
         seed: of the decisions, not negative; the same seed and batches give the same decisions, on every
             device. A backward pass that computes layers again belongs within the context too.

@@ -17,7 +17,7 @@ __all__ = ["ChannelGating", "prior_masses"]
 
 
 class ChannelGating:
-    """The family of :mod:`batchshaping.channel_gating`; see :class:`~batchshaping.report.family.Family`."""
+    """The family of ``batchshaping.channel_gating``; see :class:`~batchshaping.report.family.Family`."""
 
     name = "channel_gating"
     nouns = ("ungated run", "gated run")

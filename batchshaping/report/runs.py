@@ -69,7 +69,7 @@ class Run:
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """The settings of the data: accuracies of runs that are equal in them can be compared."""
+        """The settings of the data; accuracies of runs that are equal in them can be compared."""
         settings = [*_DATA, *(["data_folder"] if self.config.get("data") == "folder" else [])]
         return {name: self.config.get(name) for name in settings}
 

@@ -59,7 +59,7 @@ class Statistic(ABC):
         prior: Distribution,
         logits: bool,
     ) -> Tensor:
-        """The statistic of each array: x of shape (..., N) to (...); see :class:`Samples`.
+        """The statistic of each array: x of shape (..., N) to (...); see :class:`~batchshaping.statistics.samples.Samples`.
 
         Logits are put in order, and share ranks, as they are given; their sigmoids are what is compared.
         """

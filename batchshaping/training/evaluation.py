@@ -138,7 +138,7 @@ def evaluate(
 
     Args:
         network: gives logits of images that are normalized by
-            :meth:`~batchshaping.training.data.Data.normalize`.
+            :meth:`~batchshaping.training.data.dataset.Data.normalize`.
         data: the data set.
         batch: number of images in a forward pass.
         workers: number of processes that load images.

@@ -1,6 +1,6 @@
 """The sections of a configuration, each a value of its own: data, objective, optimization and machine.
 
-The fifth section, the network, is in :mod:`batchshaping.training.networks`. The name of a setting is unique
+The fifth section, the network, is in ``batchshaping.training.networks``. The name of a setting is unique
 over all sections, and is the same in files and on the command line.
 """
 

@@ -45,4 +45,4 @@ class Network(Section):
     @property
     @abstractmethod
     def reference(self) -> str:
-        """The network of whose multiply-adds shares are taken: the same without gates, in words."""
+        """Name of the network of whose multiply-adds shares are taken, the same without gates."""
