@@ -41,7 +41,7 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # What importing the package must not bring with it: each belongs to an extra or to the tests.
 EXTRAS = (
     *("jax", "jinja2", "lightning", "matplotlib", "PIL", "plotly", "pydantic", "rich", "safetensors"),
-    *("scipy", "sklearn", "torchvision", "typer", "yaml"),
+    *("scipy", "sklearn", "timm", "torchvision", "typer", "yaml"),
 )
 
 # Exactly what the package exports.
