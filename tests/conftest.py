@@ -45,6 +45,7 @@ def browser() -> Iterator[Any]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "browser: opens a browser; set by the fixture of this name")
+    config.addinivalue_line("markers", "signals: kills or interrupts processes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -218,6 +218,7 @@ def holder(folder: Path, forks: bool) -> Iterator[Any]:
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize("forks", [False, True], ids=["alone", "with a child"])
 def test_a_folder_is_held_until_its_process_ends(forks: bool, tmp_path: Path) -> None:
     with holder(tmp_path, forks) as process:

@@ -184,6 +184,7 @@ def interrupt_with(which: signal.Signals, folder: Path) -> tuple[int, str]:
     return process.returncode, stderr
 
 
+@pytest.mark.signals
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_goes_on_to_the_result_it_would_have_had(
     which: signal.Signals, undisturbed: Path, tmp_path: Path
