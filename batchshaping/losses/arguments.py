@@ -1,39 +1,90 @@
-"""What the arguments of a loss may be, and what they mean."""
+"""What the arguments of a loss can be, and what they mean."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from batchshaping.priors.checks import is_index
+from batchshaping.losses.layers import Layers
+from batchshaping.priors.checks import check_values, is_index
 from batchshaping.statistics import STATISTICS
-from batchshaping.statistics.statistic import Statistic
+from batchshaping.statistics.statistic import Discrepancy
 
 __all__ = [
     "canonical_dims",
     "check_broadcast",
     "check_prior",
+    "check_same_samples",
     "chosen_reduction",
     "chosen_statistic",
     "mask_like",
+    "one_for_each",
     "samples_last",
+    "tensors_of",
 ]
 
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": torch.mean,
-    "sum": torch.sum,
-    "none": lambda loss: loss,
+_Value = TypeVar("_Value")
+_Reduction = Callable[[Layers, Tensor], Tensor | list[Tensor]]
+_REDUCTIONS: dict[str, _Reduction] = {
+    "mean": Layers.total_of_means,
+    "sum": lambda _, loss: loss.sum(),
+    "none": Layers.split,
 }
 
 
-def chosen_statistic(statistic: str | Statistic) -> Statistic:
+def tensors_of(x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors that are given, checked: one, or those of a list."""
+    tensors = x if isinstance(x, list | tuple) else (x,)
+    if not tensors:
+        raise ValueError(f"x must be a tensor or a list of tensors, received an empty {type(x).__name__}")
+    for tensor in tensors:
+        if tensors is x and not isinstance(tensor, Tensor):
+            kinds = f"a {type(x).__name__} with a {type(tensor).__name__}"
+            raise TypeError(f"x must be a tensor or a list of tensors, received {kinds}")
+        check_values(tensor)
+    for name in ("dtype", "device"):
+        found = list(dict.fromkeys(getattr(tensor, name) for tensor in tensors))
+        if len(found) > 1:
+            raise ValueError(
+                f"the tensors of a list must have the same {name}, received {' and '.join(map(str, found))}"
+            )
+    return tensors
+
+
+def one_for_each(value: _Value | Sequence[_Value], x: Tensor | Sequence[Tensor], name: str) -> list[_Value]:
+    """An argument for each tensor that is given: the same one for all, or a list with one for each."""
+    if not isinstance(x, list | tuple):
+        return [value]  # type: ignore[list-item]
+    if not isinstance(value, list | tuple):
+        return [value] * len(x)  # type: ignore[list-item]
+    if len(value) != len(x):
+        raise ValueError(
+            f"{name} must be one for all tensors or a list with one for each of the {len(x)}, "
+            f"received a list of {len(value)}"
+        )
+    return list(value)
+
+
+def check_same_samples(
+    tensors: Sequence[Tensor], samples: Sequence[int], dim: int | Sequence[int] | None
+) -> None:
+    """Refuse a list of tensors that have different numbers of samples."""
+    for tensor, number in zip(tensors, samples, strict=True):
+        if number != samples[0]:
+            raise ValueError(
+                f"the tensors of a list must have the same number of samples along dim={dim}, "
+                f"received shapes {tuple(tensors[0].shape)} and {tuple(tensor.shape)}"
+            )
+
+
+def chosen_statistic(statistic: str | Discrepancy) -> Discrepancy:
     """The statistic of this name, or the statistic itself."""
-    if isinstance(statistic, Statistic):
+    if isinstance(statistic, Discrepancy):
         return statistic
     if not isinstance(statistic, str) or statistic not in STATISTICS:
         known = ", ".join(map(repr, STATISTICS))
@@ -41,8 +92,8 @@ def chosen_statistic(statistic: str | Statistic) -> Statistic:
     return STATISTICS[statistic]
 
 
-def chosen_reduction(reduction: str) -> Callable[[Tensor], Tensor]:
-    """How the losses of the arrays become one, by its name."""
+def chosen_reduction(reduction: str) -> _Reduction:
+    """What makes one loss, or a list, of the losses of all arrays, by its name."""
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         known = ", ".join(map(repr, _REDUCTIONS))
         raise ValueError(f"reduction must be one of {known}, received {reduction!r}")
@@ -61,7 +112,7 @@ def check_prior(prior: object) -> None:
 
 
 def _has_cdf(prior: Distribution) -> bool:
-    """Whether there is a CDF; that of a transformed distribution is made of the one of its base."""
+    """Whether there is a CDF; a transformed distribution has one if its base does."""
     base = vars(prior).get("base_dist")
     return type(prior).cdf is not Distribution.cdf and (not isinstance(base, Distribution) or _has_cdf(base))
 
@@ -71,7 +122,7 @@ def check_broadcast(
 ) -> None:
     """Refuse a prior whose ``batch_shape`` does not broadcast to the shape of the arrays."""
     if not prior.batch_shape or prior.batch_shape == arrays:
-        return  # what torch takes longer to find out
+        return  # sooner than torch finds out
     try:
         matches = torch.broadcast_shapes(prior.batch_shape, arrays) == arrays
     except RuntimeError:
@@ -91,7 +142,7 @@ def canonical_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...
     if not all(map(is_index, named)):
         raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")
     dims = tuple(map(operator.index, named))
-    if not dims:  # as in torch, none named means all
+    if not dims:  # as in torch, no dimension means all of them
         return tuple(range(ndim))
     span = max(ndim, 1)
     for d in dims:
@@ -109,6 +160,8 @@ def samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Move the sample dimensions to the end and join them: (arrays..., N)."""
     kept = [d for d in range(x.ndim) if d not in dims]
     moved = x.permute((*kept, *dims))
+    if len(dims) == 1:
+        return moved
     # The product, and not -1, since there may be no values at all.
     return moved.reshape(*moved.shape[: len(kept)], moved.shape[len(kept) :].numel())
 

@@ -1,8 +1,8 @@
-"""One batch out of the shards of all ranks: arrays are dealt out to the ranks, and their gradients come back.
+"""One batch made of the shards of all ranks: arrays are scattered to the ranks, their gradients gathered.
 
-A rank sends each of its values once, to the rank that owns the value's array, and gets one gradient for each:
-twice its own values, whatever the number of ranks, where gathering the batch on every rank would take as many
-times its own values as there are ranks.
+Each rank owns some of the arrays. It sends each of its values once, to the rank that owns the value's array,
+and receives one gradient for each. So it exchanges twice its own values, whatever the number of ranks;
+gathering the whole batch on every rank would cost its own values times the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchshaping.priors.checks import known_to_hold
+from batchshaping.statistics.samples import Batch
 
-__all__ = ["Columns", "Group", "resolve_group"]
+__all__ = ["Collect", "Columns", "Group", "Scatter", "resolve_group"]
 
 Group = dist.ProcessGroup | Literal["world"] | None
 """The ranks whose batches are one: a process group, "world" for all there are, or None for this process."""
@@ -44,12 +45,11 @@ def _initialized() -> bool:
 
 
 class Columns:
-    """Which arrays belong to which rank, and how many samples of each array every rank has.
+    """Which arrays each rank owns, and how many samples of each array every rank has.
 
     Args:
-        x: the values of this rank, of shape (arrays, samples).
-        current: how many of the samples, the first ones, are of the current batch.
-        masked: whether this rank leaves some of them out.
+        batch: the samples of this rank, those of the current batch first.
+        current: the current batch alone.
         group: the process group.
 
     Attributes:
@@ -57,18 +57,20 @@ class Columns:
         now: how many of them are of the current batch.
         current: which of all ranks' samples are of the current batch.
         masked: whether any rank leaves samples out.
-        differentiable: whether the values of any rank require a gradient. Then all take part in its making.
+        differentiable: whether the values of any rank require a gradient. Then all ranks compute gradients.
 
     Raises:
         ValueError: on every rank, if the ranks have different numbers of arrays, or different dtypes.
         RuntimeError: if a rank is gone.
     """
 
-    def __init__(self, x: Tensor, current: int, masked: bool, group: dist.ProcessGroup) -> None:
+    def __init__(self, batch: Batch, current: Batch, group: dist.ProcessGroup) -> None:
         self.group = group
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        arrays, samples = x.shape
-        facts = [arrays, samples, current, masked, x.requires_grad, _DTYPES.index(x.dtype)]
+        x = batch.values
+        arrays, samples, now = x.shape[:-1].numel(), x.shape[-1], current.values.shape[-1]
+        masked = batch.counts is not None
+        facts = [arrays, samples, now, masked, x.requires_grad, _DTYPES.index(x.dtype)]
         own = torch.tensor(facts, device=x.device)
         of_all = [torch.empty_like(own) for _ in range(self.world)]
         self._call(lambda: dist.all_gather(of_all, own, group=group))
@@ -99,11 +101,33 @@ class Columns:
         self._call(lambda: dist.all_to_all_single(received, sent, received_sizes, sizes, group=self.group))
         return received
 
-    def deal(self, x: Tensor) -> Tensor:
-        """Give the values of each array to its owner: (arrays, own samples) -> (own arrays, all samples).
+    def scattered(self, batch: Batch, current_count: Tensor | None) -> Batch:
+        """The samples of all ranks of the arrays that this rank owns, with a graph to the values of each.
 
-        The samples of the current batch come first, those of rank 0 before those of rank 1, as they would in
-        one process: among equal values, the order decides which rank each takes.
+        Args:
+            batch: the samples of this rank.
+            current_count: how many values of the current batch are samples, for each array, if masks tell.
+        """
+        values = batch.values.reshape(sum(self.arrays), batch.values.shape[-1])
+        if self.differentiable and not values.requires_grad:
+            # This rank still has to send the gradients of its arrays to the ranks that ask for them.
+            values = values.detach().requires_grad_()
+        count = None
+        if self.masked:
+            everything = values.new_full(values.shape[:1], values.shape[1], dtype=torch.int64)
+            if batch.current is not None:
+                # Each array needs samples in the current batch, whatever the history has of it.
+                now = torch.full_like(everything, self.now[self.rank])
+                self.total(now if current_count is None else current_count.flatten())
+            count = self.total(everything if batch.counts is None else batch.counts.flatten())
+        is_current = None if batch.current is None else self.current
+        return Batch(Scatter.apply(values, self), count, is_current)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Send the values of each array to its owner: (arrays, own samples) -> (own arrays, all samples).
+
+        The samples of the current batch come first, and those of rank 0 before those of rank 1, as in one
+        process: the order of equal values decides which rank each of them takes in the sort.
         """
         n, k = self.samples[self.rank], self.arrays[self.rank]
         sizes, received_sizes = [a * n for a in self.arrays], [k * s for s in self.samples]
@@ -114,8 +138,8 @@ class Columns:
         ]
         return torch.cat([part for parts in zip(*shards, strict=True) for part in parts], dim=1)
 
-    def give_back(self, columns: Tensor) -> Tensor:
-        """The reverse of :meth:`deal`: (own arrays, all samples) -> (arrays, own samples)."""
+    def gather(self, columns: Tensor) -> Tensor:
+        """The reverse of :meth:`scatter`: (own arrays, all samples) -> (arrays, own samples)."""
         n, k = self.samples[self.rank], self.arrays[self.rank]
         past = [s - now for s, now in zip(self.samples, self.now, strict=True)]
         shards = columns.split([*self.now, *past], dim=1)
@@ -138,7 +162,7 @@ class Columns:
         return total[self.own]
 
     def collect(self, own: Tensor) -> Tensor:
-        """Bring one value an array from its owner to all: (own arrays,) -> (arrays,)."""
+        """Bring one value of each array from its owner to all ranks: (own arrays,) -> (arrays,)."""
         longest = max(self.arrays)
         padded = own.new_zeros(longest)
         padded[: len(own)] = own
@@ -147,25 +171,25 @@ class Columns:
         return torch.cat([part[:count] for part, count in zip(parts, self.arrays, strict=True)])
 
 
-class Deal(torch.autograd.Function):
-    """:meth:`Columns.deal`, whose gradients are given back."""
+class Scatter(torch.autograd.Function):
+    """:meth:`Columns.scatter`, whose gradients are gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, columns: Columns) -> Tensor:
         ctx.columns = columns
-        return columns.deal(x)
+        return columns.scatter(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.columns.give_back(gradient), None
+        return ctx.columns.gather(gradient), None
 
 
 class Collect(torch.autograd.Function):
     """:meth:`Columns.collect`. The gradient goes to the owner, times the number of ranks.
 
-    DistributedDataParallel averages over the ranks what has to be summed: each rank knows the part of the
-    gradient that comes from its own shard, or from its own arrays.
+    DistributedDataParallel averages the gradients of the ranks, where the sum is needed: each rank knows only
+    the part of the gradient that comes from its own shard, or from its own arrays.
     """
 
     @staticmethod
@@ -177,3 +201,7 @@ class Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient[ctx.columns.own] * ctx.columns.world, None
+
+
+# The former name.
+Deal = Scatter

@@ -14,7 +14,7 @@ from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.modules import BatchShapingLoss
 from batchshaping.priors.checks import check_values
 from batchshaping.priors.families import Beta, RelaxedBernoulli
-from batchshaping.statistics.statistic import Statistic
+from batchshaping.statistics.statistic import Discrepancy
 
 __all__ = ["GeneralizedBatchShapingLoss"]
 
@@ -72,8 +72,8 @@ class GeneralizedBatchShapingLoss(nn.Module):
         *,
         hyperprior_weight: float = 1.0,
         temperature_weight: float = 0.1,
-        statistic: str | Statistic = "cramer_von_mises",
-        hyperprior_statistic: str | Statistic = "cramer_von_mises",
+        statistic: str | Discrepancy = "cramer_von_mises",
+        hyperprior_statistic: str | Discrepancy = "cramer_von_mises",
         ties: bool = False,
         logits: bool = False,
         group: Group = None,
@@ -113,7 +113,8 @@ class GeneralizedBatchShapingLoss(nn.Module):
     @property
     def hyperprior(self) -> Distribution:
         """The prior of the means as it is now."""
-        return self.mean_shaping.prior
+        hyperprior: Distribution = self.mean_shaping.prior
+        return hyperprior
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The total loss of x, over the values where the mask is True."""

@@ -1,4 +1,4 @@
-"""A memory of past batches, for batches too small to estimate a distribution."""
+"""The values of past batches, for batches that are too small to tell how their values are distributed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from batchshaping.priors.checks import known_to_hold
 
-__all__ = ["Memory"]
+__all__ = ["History", "Memory"]
 
 
-class Memory(nn.Module):
-    """The values of past batches, first in first out, kept in ``state_dict``.
+class History(nn.Module):
+    """The values of past batches, the oldest of which go first, kept in ``state_dict``.
 
-    In a state there are three tensors: ``values`` of all batches side by side, of shape (arrays..., N); the
-    number of values in each batch, ``sizes``; and how many of these are samples, ``counts``, of shape
-    (batches, arrays...). The module itself keeps them as plain attributes, because DistributedDataParallel
-    overwrites buffers with those of rank 0.
+    Its state is three tensors: ``values`` of all batches side by side, of shape (arrays..., N); ``sizes``,
+    the number of values in each batch; and ``counts``, how many of these are samples, of shape (batches,
+    arrays...). The module keeps them as plain attributes, because DistributedDataParallel overwrites buffers
+    with those of rank 0.
 
     Args:
         batches: how many to keep.
@@ -32,14 +32,14 @@ class Memory(nn.Module):
         self.counts: list[Tensor | None] = []
 
     def join(self, values: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Put what is remembered behind values of shape (arrays..., N).
+        """Append the past batches to values of shape (arrays..., N).
 
         Returned are the joined values and, if some are masked, the number of samples of each array.
         """
         for past in self.values:
             if past.shape[:-1] != values.shape[:-1]:
                 raise ValueError(
-                    f"the memory holds arrays of shape {tuple(past.shape[:-1])}, "
+                    f"the history holds arrays of shape {tuple(past.shape[:-1])}, "
                     f"received {tuple(values.shape[:-1])}"
                 )
         joined = torch.cat([values, *(past.to(values) for past in self.values)], dim=-1)
@@ -52,10 +52,10 @@ class Memory(nn.Module):
         return joined, total
 
     def remember(self, values: Tensor, count: Tensor | None) -> None:
-        """In training, put a batch in front of the remembered ones, of which the oldest may go.
+        """In training, add a batch and drop the oldest one if there are too many; in evaluation, do nothing.
 
-        A batch with a NaN is not remembered. Where that cannot be read without stopping a device, it is
-        remembered without the arrays that have one.
+        A batch with a NaN is not added. Where values cannot be read without stopping a device, it is added
+        without the arrays that have a NaN.
         """
         if not self.training:
             return
@@ -74,7 +74,7 @@ class Memory(nn.Module):
         self.values = [values.clone(), *self.values][: self.batches]
         self.counts = [count, *self.counts][: self.batches]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> History:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.values = [fn(values) for values in self.values]
         self.counts = [count if count is None else fn(count) for count in self.counts]
@@ -103,7 +103,7 @@ class Memory(nn.Module):
         state = {
             key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
         }
-        former = state.pop("_extra_state", None)  # lists, as they once were saved
+        former = state.pop("_extra_state", None)  # lists, the format of earlier versions
         if former is not None:
             values, counts = list(former["values"]), list(former["counts"])
         else:
@@ -124,3 +124,7 @@ class Memory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"batches={self.batches}"
+
+
+# The former name, which pickles of earlier versions have.
+Memory = History

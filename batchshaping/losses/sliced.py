@@ -13,7 +13,7 @@ from batchshaping.losses.distributed import Group
 from batchshaping.losses.modules import BatchShapingLoss
 from batchshaping.priors.checks import check_values, is_index
 from batchshaping.priors.families import Normal
-from batchshaping.statistics.statistic import Statistic
+from batchshaping.statistics.statistic import Discrepancy
 
 __all__ = ["SlicedBatchShapingLoss"]
 
@@ -58,7 +58,7 @@ class SlicedBatchShapingLoss(nn.Module):
         slices: int = 1024,
         prior: Distribution | None = None,
         *,
-        statistic: str | Statistic = "cramer_von_mises",
+        statistic: str | Discrepancy = "cramer_von_mises",
         seed: int = 0,
         group: Group = None,
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -183,6 +184,33 @@ class ClosedFormPrior(td.Distribution):
         """The priors of some of the arrays of a shape, counted in row-major order."""
         tensors = {n: v for n, v in self._given.items() if isinstance(v, Tensor) and v.ndim}
         return self.replace(**{n: v.expand(shape).reshape(-1)[arrays] for n, v in tensors.items()})
+
+    def same_as(self, other: ClosedFormPrior) -> bool:
+        """Whether another prior is of the same family, made with the same numbers and the same tensors."""
+        return type(self) is type(other) and all(
+            one is two or (not (isinstance(one, Tensor) or isinstance(two, Tensor)) and one == two)
+            for one, two in zip(self._given.values(), other._given.values(), strict=True)
+        )
+
+    @staticmethod
+    def joined(priors: Sequence[ClosedFormPrior], shapes: Sequence[torch.Size]) -> ClosedFormPrior:
+        """Priors of one family as one prior, with a parameter for each array of all the shapes in turn.
+
+        Args:
+            priors: priors of one family.
+            shapes: the shape of the arrays of each, to which its ``batch_shape`` broadcasts.
+        """
+        parameters: dict[str, Tensor | float] = {}
+        for name, first in priors[0]._given.items():
+            given = [prior._given[name] for prior in priors]
+            if not any(isinstance(value, Tensor) for value in given) and all(v == first for v in given):
+                continue
+            tensors = [prior._tensors[name] for prior in priors]
+            device = next((t.device for t in tensors if not t.is_cpu), tensors[0].device)
+            parameters[name] = torch.cat(
+                [t.to(device).expand(shape).reshape(-1) for t, shape in zip(tensors, shapes, strict=True)]
+            )
+        return priors[0].replace(**parameters)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         return self.replace(**{name: self.parameter(name).expand(batch_shape) for name in self._given})

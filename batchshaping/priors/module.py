@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
@@ -53,8 +53,8 @@ class PriorModule(nn.Module):
     _names: list[str]
     _started: list[str]
 
-    def own(self, prior: Distribution) -> None:
-        """Take a prior, whose tensors become those of this module."""
+    def own(self, prior: Distribution | Sequence[Distribution]) -> None:
+        """Take a prior, or a list of priors, whose tensors become those of this module."""
         inventory = _Inventory(lambda name: hasattr(type(self), name) or hasattr(self, name))
         recipe = _recipe_of(prior, (), inventory)
         self._recipe = recipe if inventory.tensors or inventory.modules else prior
@@ -81,11 +81,10 @@ class PriorModule(nn.Module):
             self.register_buffer(f"{name}_start", _copy_of(inventory.tensors[name]))
 
     @property
-    def prior(self) -> Distribution:
-        """The prior with the tensors that this module has now."""
+    def prior(self) -> Any:
+        """The prior, or the list of priors, with the tensors that this module has now."""
         if not isinstance(self._recipe, _Recipe):
-            owned: Distribution = self._recipe
-            return owned
+            return self._recipe
         values: dict[str, Tensor] = {name: getattr(self, name) for name in self._names}
         for name, borrowed in self._borrowed.items():
             values[name] = borrowed.current()
@@ -95,8 +94,7 @@ class PriorModule(nn.Module):
                 if name in self._parameters:
                     ends, first_ends = bounds.at(values), bounds.at(starts)
                     values[name] = kept_inside(values[name], starts[name], ends, first_ends)
-        made: Distribution = self._recipe.make(values)
-        return made
+        return self._recipe.make(values)
 
     def _shown(self) -> str:
         prior = self.prior

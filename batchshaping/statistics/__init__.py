@@ -20,15 +20,27 @@ from batchshaping.statistics.anderson_darling import AndersonDarling
 from batchshaping.statistics.cramer_von_mises import CramerVonMises
 from batchshaping.statistics.epps_pulley import EppsPulley
 from batchshaping.statistics.line import on_the_line
-from batchshaping.statistics.samples import Samples
-from batchshaping.statistics.statistic import ClosedFormStatistic, Statistic, Terms
+from batchshaping.statistics.samples import Batch, Options, Samples
+from batchshaping.statistics.statistic import (
+    ClosedForm,
+    ClosedFormStatistic,
+    Discrepancy,
+    Needs,
+    Statistic,
+    Terms,
+)
 from batchshaping.statistics.wasserstein import Wasserstein
 
 __all__ = [
     "AndersonDarling",
+    "Batch",
+    "ClosedForm",
     "ClosedFormStatistic",
     "CramerVonMises",
+    "Discrepancy",
     "EppsPulley",
+    "Needs",
+    "Options",
     "STATISTICS",
     "Samples",
     "Statistic",
@@ -37,7 +49,7 @@ __all__ = [
     "on_the_line",
 ]
 
-STATISTICS: dict[str, Statistic] = {
+STATISTICS: dict[str, Discrepancy] = {
     "cramer_von_mises": CramerVonMises(),
     "anderson_darling": AndersonDarling(),
     "wasserstein": Wasserstein(),

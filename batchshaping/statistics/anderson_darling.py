@@ -45,7 +45,7 @@ class AndersonDarling(ClosedFormStatistic):
 
         def terms(tile: slice) -> Terms:
             values = samples.values[..., tile]
-            # An infinite logit has an infinite logarithm, and a huge one stands for it.
+            # An infinite logit has an infinite logarithm; a huge one takes its place.
             at = prepared.logs_at_logits(values.clamp(-1e30, 1e30)) if logits else prepared.logs(values)
             p = samples.positions(tile)
             entropy = torch.special.entr(p) + torch.special.entr(1 - p)
@@ -53,9 +53,9 @@ class AndersonDarling(ClosedFormStatistic):
             def mean(lower: Tensor, upper: Tensor) -> Tensor:
                 return torch.lerp(upper, lower, p.expand(upper.shape)).neg_()
 
-            # No term is negative but by rounding.
+            # Rounding alone would make a term negative.
             value = mean(at.log_cdf, at.log_sf).sub_(entropy).clamp_min_(0.0).mul_(2)
-            by_parameter = tuple(mean(*pair) for pair in at.parameters)
-            return Terms(value, stretched(mean(at.cdf_by_x, at.sf_by_x), at.stretch), by_parameter)
+            parameter_derivatives = tuple(mean(*pair) for pair in at.parameters)
+            return Terms(value, stretched(mean(at.cdf_by_x, at.sf_by_x), at.stretch), parameter_derivatives)
 
         return terms

@@ -34,8 +34,8 @@ class CramerVonMises(ClosedFormStatistic):
         def terms(tile: slice) -> Terms:
             at = evaluate(samples.values[..., tile])
             residual = at.cdf.sub_(samples.positions(tile))
-            by_parameter = tuple(residual * derivative for derivative in at.parameters)
-            by_x = at.pdf.mul_(residual)
-            return Terms(residual.square_(), by_x, by_parameter)
+            parameter_derivatives = tuple(residual * slope for slope in at.parameters)
+            derivative = at.pdf.mul_(residual)
+            return Terms(residual.square_(), derivative, parameter_derivatives)
 
         return terms

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,21 +10,22 @@ from torch.distributions import Distribution
 
 from batchshaping.priors.closed_form import ClosedFormPrior
 from batchshaping.priors.families import Normal
-from batchshaping.statistics.statistic import ClosedFormStatistic, Terms
+from batchshaping.statistics.samples import Batch, Options
+from batchshaping.statistics.statistic import ClosedForm, Needs
 
 __all__ = ["EppsPulley"]
 
 
-class EppsPulley(ClosedFormStatistic):
+class EppsPulley(ClosedForm):
     r"""The squared distance of the empirical characteristic function to that of a Normal prior.
 
     .. math::
         \int_{-T}^{T} \left| \frac{1}{N} \sum_j e^{i t z_j} - e^{-t^2 / 2} \right|^2 e^{-t^2 / 2} \, dt,
         \qquad z_j = \frac{x_j - \mu}{\sigma}
 
-    by the trapezoidal rule on [0, T], both halves being alike. It needs no order, so ``ties`` changes
-    nothing, and what joins the samples from a memory counts as they do. Times N it is the statistic of SIGReg
-    in LeJEPA.
+    by the trapezoidal rule on [0, T], since both halves of the integral are equal. It does not depend on the
+    order of the samples, so ``ties`` changes nothing, and samples from a history count like the current ones.
+    Times N it is the statistic of SIGReg in LeJEPA.
 
     Args:
         limit: T.
@@ -43,28 +43,15 @@ class EppsPulley(ClosedFormStatistic):
         self.weights = self.target * 2 * step
         self.weights[[0, -1]] /= 2
 
-    def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
-        raise NotImplementedError("the characteristic function is not a mean of terms of single samples")
-
-    def closed_form(self, *_: Any) -> Callable[[slice], Terms]:
-        raise NotImplementedError("the characteristic function is not a mean of terms of single samples")
-
-    def loss(
-        self,
-        x: Tensor,
-        count: Tensor | None,
-        current: Tensor | None,
-        ties: bool,
-        prior: Distribution,
-        logits: bool,
-    ) -> Tensor:
+    def loss(self, batch: Batch, prior: Distribution, options: Options) -> Tensor:
         if not isinstance(prior, torch.distributions.Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior}")
+        x, count, _ = batch
         left_out = (
             torch.zeros((), dtype=torch.bool, device=x.device) if count is None else _left_out(x, count)
         )
         x = x.masked_fill(left_out, 0.0)
-        values = torch.sigmoid(x) if logits else x
+        values = torch.sigmoid(x) if options.logits else x
         z = (values - prior.loc.unsqueeze(-1)) / prior.scale.unsqueeze(-1)
         n = x.shape[-1] if count is None else count
         total = torch.zeros_like(z[..., 0])
@@ -79,29 +66,26 @@ class EppsPulley(ClosedFormStatistic):
 
     def loss_and_gradients(
         self,
-        x: Tensor,
-        count: Tensor | None,
-        current: Tensor | None,
-        parameters: Sequence[Tensor],
+        batch: Batch,
         prior: type[ClosedFormPrior],
-        ties: bool,
-        logits: bool,
-        needs_x: bool,
-        needs_parameters: bool,
+        parameters: Sequence[Tensor],
+        options: Options,
+        needs: Needs,
     ) -> list[Tensor]:
         if not issubclass(prior, Normal):
             raise ValueError(f"epps_pulley needs a Normal prior, received {prior.__name__}")
-        x = x.contiguous()
+        x, count = batch.values.contiguous(), batch.counts
         loc, scale = (p.unsqueeze(-1).to(x.dtype) if p.ndim else p.to(x.dtype) for p in parameters)
-        values = torch.sigmoid(x) if logits else x
+        values = torch.sigmoid(x) if options.logits else x
         z = (values - loc) / scale
         n: Tensor | int = x.shape[-1]
         left_out: Tensor | None = None
         if count is not None:
-            # At 0 each of those that are left out adds 1 to every sum.
+            # A value that is left out is set to 0, where it adds 1 to every sum.
             n, left_out = count.unsqueeze(-1), _left_out(x, count)
             z.masked_fill_(left_out, 0.0)
-        # Powers of one rotation: a sine and a cosine of each value, whatever the number of points.
+        # The points are multiples of the first, so that one sine and one cosine of each value are enough: the
+        # terms at the other points are powers of that rotation.
         rotation = torch.polar(torch.ones_like(z), z * float(self.t[1]))
         power = torch.ones_like(rotation)
         means = [torch.ones_like(rotation[..., :1])]
@@ -112,29 +96,28 @@ class EppsPulley(ClosedFormStatistic):
         weights = self.weights.to(x)
         loss = (difference.abs().square() * weights).sum(dim=-1)
         # The derivative in z is 2 / N Re sum_k w_k conj(d_k) i t_k e^(i t_k z): a polynomial in the rotation.
-        # Conjugated at once: a lazy conjugate is not resolved inside of a compiled operation.
+        # A compiled operation does not resolve a lazy conjugate, so the values are conjugated here.
         coefficients = torch.conj_physical(difference) * (weights * self.t.to(x) * 1j)
         polynomial = power.copy_(coefficients[..., -1:].expand_as(power))
         for k in range(len(self.t) - 2, -1, -1):
             polynomial.mul_(rotation).add_(coefficients[..., k : k + 1])
-        by_z = polynomial.real / scale
+        gradient = polynomial.real / scale
         if left_out is not None:
-            by_z.masked_fill_(left_out, 0.0)
-        by_parameter = [-by_z.sum(dim=-1), -(by_z * z).sum(dim=-1)]
-        by_x = by_z.mul_(torch.sigmoid(-x)).mul_(values) if logits else by_z
-        factor = (
-            2 / torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1).expand(loss.shape).contiguous()
-        )
+            gradient.masked_fill_(left_out, 0.0)
+        in_parameters = [-gradient.sum(dim=-1), -(gradient * z).sum(dim=-1)]
+        if options.logits:
+            gradient.mul_(torch.sigmoid(-x)).mul_(values)
+        number = torch.as_tensor(n, dtype=x.dtype, device=x.device).squeeze(-1)
         return [
             loss,
-            by_x if needs_x else x.new_empty(0),
-            factor,
-            *(by if needs_parameters else x.new_empty(0) for by in by_parameter),
+            gradient if needs.values else x.new_empty(0),
+            2 / number.expand(loss.shape).contiguous(),
+            *(by if needs.parameters else x.new_empty(0) for by in in_parameters),
         ]
 
 
 def _left_out(x: Tensor, count: Tensor) -> Tensor:
-    """Where x is no sample but infinite in place of one; of the infinite values, the last ones."""
+    """Which values of x are no samples: as many of an array's last infinite values as exceed its count."""
     is_infinite = x == torch.inf
     seen = is_infinite.cumsum(dim=-1)
     samples = seen[..., -1:] - (x.shape[-1] - count.unsqueeze(-1))

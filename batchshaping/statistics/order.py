@@ -48,8 +48,10 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     if x.shape[-1] > _INDEX_BITS:
         return None
     x = x.contiguous()
-    keys = x.double()
     least, greatest = (float(v) for v in torch.aminmax(x))
+    if math.isnan(least):
+        return None
+    keys = x.double()
     if not 0.0 < least <= greatest < math.inf:
         # An infinity has no free bits, but a number that rounds to it has. A zero with an index in its bits
         # would be subnormal, which a processor that flushes subnormal numbers to zero takes for 0; a normal
@@ -63,8 +65,6 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
         bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
     keys.numpy().sort(axis=-1)
     values = keys.float()
-    if bool(values[..., -1].isnan().any()):
-        return None
     if negative:
         bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
     return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS))
@@ -105,5 +105,5 @@ def ranks(values: Tensor, count: Tensor | int, ties: bool) -> Tensor:
     last_of_group[..., :-1] = values[..., :-1] != values[..., 1:]
     candidates = torch.where(last_of_group, rank, torch.inf)
     shared = candidates.flip(-1).cummin(-1).values.flip(-1)
-    # Infinite samples equal the masked values behind them.
+    # Infinite samples are equal to the masked values behind them, which are also infinite.
     return shared.clamp_max(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +15,32 @@ from torch.distributions import Distribution
 
 from batchshaping.priors.closed_form import ClosedFormPrior
 from batchshaping.statistics.line import on_the_line
-from batchshaping.statistics.samples import Samples
+from batchshaping.statistics.samples import Batch, Options, Samples
 
-__all__ = ["ClosedFormStatistic", "Statistic", "Terms"]
-
-
-_Made = TypeVar("_Made", bound="ClosedFormStatistic")
+__all__ = ["ClosedForm", "ClosedFormStatistic", "Discrepancy", "Needs", "Statistic", "Terms"]
 
 
-class Statistic(ABC):
+_Made = TypeVar("_Made", bound="ClosedForm")
+
+
+class Discrepancy(ABC):
+    """How far arrays of samples are from a prior: one number for each array."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, prior: Distribution, options: Options) -> Tensor:
+        """The discrepancy of each array, differentiable in the values and in the prior's parameters.
+
+        Args:
+            batch: arrays of samples, of shape (..., N).
+            prior: a distribution whose ``batch_shape`` broadcasts with (...).
+            options: how the values are meant.
+
+        Returns:
+            A tensor of shape (...).
+        """
+
+
+class Statistic(Discrepancy):
     """A distance between samples in order and a prior, the mean of what each sample contributes.
 
     A subclass defines :meth:`terms`; autograd differentiates it.
@@ -50,46 +68,37 @@ class Statistic(ABC):
             A tensor of the values' shape.
         """
 
-    def loss(
-        self,
-        x: Tensor,
-        count: Tensor | None,
-        current: Tensor | None,
-        ties: bool,
-        prior: Distribution,
-        logits: bool,
-    ) -> Tensor:
-        """The statistic of each array: x of shape (..., N) to (...); see :class:`~batchshaping.statistics.samples.Samples`.
+    def loss(self, batch: Batch, prior: Distribution, options: Options) -> Tensor:
+        """The mean of the terms of each array.
 
         Logits are put in order, and share ranks, as they are given; their sigmoids are what is compared.
         """
         with torch.no_grad():
-            samples = Samples(x, count, ties, current)
+            samples = Samples(batch, options.ties)
         # A product, so that the gradients of an array with a NaN are NaN too.
-        x = x * (1 + samples.poison.unsqueeze(-1))
-        values = x.gather(-1, samples.order.indices)
-        if samples.counts is not None:
-            values = torch.where(samples.counts, values, samples.values)
-        values = torch.sigmoid(values) if logits else values
+        poison = torch.where(samples.broken, torch.nan, 1.0).to(batch.values.dtype)
+        values = (batch.values * poison.unsqueeze(-1)).gather(-1, samples.order.indices)
+        if samples.contributes is not None:
+            values = torch.where(samples.contributes, values, samples.values)
+        values = torch.sigmoid(values) if options.logits else values
         # Distributions broadcast from the right, so here the samples come first.
         positions = samples.positions().movedim(-1, 0)
         positions = positions.reshape(-1, *[1] * (values.ndim - 1)) if positions.ndim == 1 else positions
         terms = self.terms(values.movedim(-1, 0), positions, on_the_line(prior)).movedim(0, -1)
-        if samples.counts is not None:
-            terms = torch.where(samples.counts, terms, 0.0)
+        if samples.contributes is not None:
+            terms = torch.where(samples.contributes, terms, 0.0)
         return terms.sum(dim=-1) / samples.number
 
 
-class Terms(NamedTuple):
-    """What each sample contributes, and *half* its derivative in the sample and in each parameter."""
+class Needs(NamedTuple):
+    """Which gradients are asked for: in the values, and in the prior's parameters."""
 
-    value: Tensor
-    by_x: Tensor
-    by_parameter: tuple[Tensor, ...]
+    values: bool = False
+    parameters: bool = False
 
 
-class ClosedFormStatistic(Statistic):
-    """A statistic with closed forms of its derivatives for a prior that has those of its CDF.
+class ClosedForm(Discrepancy):
+    """A discrepancy that computes its gradients itself for a prior that has the derivatives of its CDF.
 
     A subclass that redefines ``terms`` or ``loss`` without ``closed_form`` or ``loss_and_gradients`` has no
     closed form any more; it is differentiated by autograd.
@@ -102,7 +111,7 @@ class ClosedFormStatistic(Statistic):
 
     in_closed_form: ClassVar[bool] = True
     key: str
-    _by_key: ClassVar[WeakValueDictionary[str, ClosedFormStatistic]] = WeakValueDictionary()
+    _by_key: ClassVar[WeakValueDictionary[str, ClosedForm]] = WeakValueDictionary()
     _number: ClassVar[Iterator[int]] = itertools.count()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -121,12 +130,48 @@ class ClosedFormStatistic(Statistic):
         return {name: value for name, value in vars(self).items() if name != "key"}
 
     @staticmethod
-    def by_key(key: str) -> ClosedFormStatistic:
-        """The statistic of this process with this key."""
-        found = ClosedFormStatistic._by_key.get(key)
+    def by_key(key: str) -> ClosedForm:
+        """The object of this process with this key."""
+        found = ClosedForm._by_key.get(key)
         if found is None:
             raise RuntimeError(f"the statistic {key} of a compiled program is gone: compile it again")
         return found
+
+    @abstractmethod
+    def loss_and_gradients(
+        self,
+        batch: Batch,
+        prior: type[ClosedFormPrior],
+        parameters: Sequence[Tensor],
+        options: Options,
+        needs: Needs,
+    ) -> list[Tensor]:
+        """The discrepancy of each array and its gradients, all without a graph.
+
+        Args:
+            batch: arrays of samples, of shape (..., N).
+            prior: the family of the prior.
+            parameters: its parameters, of shapes that broadcast with (...).
+            options: how the values are meant.
+            needs: which gradients are asked for.
+
+        Returns:
+            The discrepancies, of shape (...); the gradient in the values, of shape (..., N), or empty if not
+            needed; the factor that all gradients of an array have yet to be multiplied by, of shape (...);
+            and the gradient in each parameter, of shape (...), or empty if not needed.
+        """
+
+
+class Terms(NamedTuple):
+    """What each sample contributes, and *half* its derivative in the sample and in each parameter."""
+
+    value: Tensor
+    derivative: Tensor
+    parameter_derivatives: tuple[Tensor, ...]
+
+
+class ClosedFormStatistic(ClosedForm, Statistic):
+    """A statistic whose terms have closed forms of their derivatives, of the kind of :class:`ClosedForm`."""
 
     @abstractmethod
     def closed_form(
@@ -149,42 +194,34 @@ class ClosedFormStatistic(Statistic):
 
     def loss_and_gradients(
         self,
-        x: Tensor,
-        count: Tensor | None,
-        current: Tensor | None,
-        parameters: Sequence[Tensor],
+        batch: Batch,
         prior: type[ClosedFormPrior],
-        ties: bool,
-        logits: bool,
-        needs_x: bool,
-        needs_parameters: bool,
+        parameters: Sequence[Tensor],
+        options: Options,
+        needs: Needs,
     ) -> list[Tensor]:
-        """The statistic of each array and its gradients, all without a graph.
-
-        Returned are the losses of shape (...); the gradient in x of shape (..., N), empty where not needed;
-        the factor that all gradients of an array have yet to be multiplied by, of shape (...); and the
-        gradients in the parameters, of shape (...) each or empty where not needed.
-        """
-        samples = Samples(x, count, ties, current)
+        x, samples = batch.values, Samples(batch, options.ties)
         by_array = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
-        terms_of = self.closed_form(prior, by_array, samples, logits, needs_parameters)
-        total = x.new_zeros(x.shape[:-1])
-        by_parameter = [x.new_zeros(x.shape[:-1] if needs_parameters else 0) for _ in parameters]
-        by_x = x.new_empty(x.shape if needs_x else 0)
+        terms_of = self.closed_form(prior, by_array, samples, options.logits, needs.parameters)
+        gradient = x.new_empty(x.shape if needs.values else 0)
+        sums = []
         for tile in samples.tiles():
             terms = terms_of(tile)
-            if samples.counts is not None:
-                terms = Terms(*_only(samples.counts[..., tile], terms))
-            total += terms.value.sum(dim=-1)
-            for accumulated, derivative in zip(by_parameter, terms.by_parameter, strict=False):
-                accumulated += derivative.sum(dim=-1)
-            if needs_x:
-                by_x.scatter_(-1, samples.order.indices[..., tile], terms.by_x)
-        loss = total / samples.number + samples.poison
-        factor = samples.poison + 2 / samples.number
-        return [loss, by_x, factor, *by_parameter]
+            if samples.contributes is not None:
+                terms = _masked(samples.contributes[..., tile], terms)
+            sums.append([t.sum(dim=-1) for t in (terms.value, *terms.parameter_derivatives)])
+            if needs.values:
+                gradient.scatter_(-1, samples.order.indices[..., tile], terms.derivative)
+        total, *in_parameters = (functools.reduce(Tensor.add_, parts) for parts in zip(*sums, strict=True))
+        if not needs.parameters:
+            in_parameters = [x.new_empty(0) for _ in parameters]
+        loss = total.div_(samples.number).masked_fill_(samples.broken, torch.nan)
+        factor = torch.full_like(loss, 2.0).div_(samples.number).masked_fill_(samples.broken, torch.nan)
+        return [loss, gradient, factor, *in_parameters]
 
 
-def _only(counts: Tensor, terms: Terms) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    value, by_x, by_parameter = terms
-    return value * counts, by_x * counts, tuple(by * counts for by in by_parameter)
+def _masked(contributes: Tensor, terms: Terms) -> Terms:
+    value, derivative, parameter_derivatives = terms
+    return Terms(
+        value * contributes, derivative * contributes, tuple(d * contributes for d in parameter_derivatives)
+    )

@@ -36,15 +36,15 @@ class Wasserstein(ClosedFormStatistic):
             values, quantile = samples.values[..., tile], quantiles[..., tile]
             x = torch.sigmoid(values) if logits else values
             distance = x - quantile
-            by_x = distance * (torch.sigmoid(-values) * x) if logits else distance
-            by_parameter: tuple[Tensor, ...] = ()
+            derivative = distance * (torch.sigmoid(-values) * x) if logits else distance
+            parameter_derivatives: tuple[Tensor, ...] = ()
             if gradients:
                 # Where F(q) = p stays as it is, dq = -dF / f.
                 # A quantile that has rounded to the end of the support moves with nothing.
                 at = prepared(quantile)
                 moves = (at.pdf > 0) & at.pdf.isfinite()
                 scaled = torch.where(moves, distance / at.pdf, 0.0)
-                by_parameter = tuple(scaled * derivative for derivative in at.parameters)
-            return Terms(distance * distance, by_x, by_parameter)
+                parameter_derivatives = tuple(scaled * slope for slope in at.parameters)
+            return Terms(distance * distance, derivative, parameter_derivatives)
 
         return terms

@@ -803,7 +803,7 @@ def a_rank_dies(rank: int, world: int, moment: str, masked: bool) -> None:
     mask = torch.rand(x.shape) < 2 if masked else None
     if dying and moment == "before":
         os._exit(1)
-    method = {"among the counts": "total", "in the forward pass": "deal", "with the losses": "collect"}
+    method = {"among the counts": "total", "in the forward pass": "scatter", "with the losses": "collect"}
     if dying and moment in method:
         setattr(distributed.Columns, method[moment], lambda *_: os._exit(1))
     loss = bs.batch_shaping(x, bs.Beta(0.6, 0.4), 0, mask=mask, group="world")

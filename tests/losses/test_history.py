@@ -107,7 +107,7 @@ def test_without_history_there_is_no_memory_and_no_state_of_it() -> None:
 def test_arrays_that_change_are_refused_with_both_shapes() -> None:
     loss = module(history=1)
     loss(torch.rand(4, 3))
-    with pytest.raises(ValueError, match=r"memory holds arrays of shape \(3,\), received \(5,\)"):
+    with pytest.raises(ValueError, match=r"history holds arrays of shape \(3,\), received \(5,\)"):
         loss(torch.rand(4, 5))
 
 

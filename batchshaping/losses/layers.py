@@ -1,0 +1,146 @@
+"""Tensors whose arrays share their samples, as the layers of a network, side by side in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from batchshaping.priors.closed_form import ClosedFormPrior
+
+__all__ = ["Layers", "Part"]
+
+_Value = TypeVar("_Value")
+
+
+class Part(NamedTuple):
+    """Arrays that are evaluated together, because they have one prior.
+
+    Attributes:
+        prior: a prior whose ``batch_shape`` broadcasts to the shape.
+        shape: shape of the arrays.
+        place: where they are among all arrays, counted in row-major order.
+    """
+
+    prior: Distribution
+    shape: torch.Size
+    place: slice
+
+    def within(self, own: slice) -> Part:
+        """Those of the arrays that are also in another range, with their place within that range."""
+        start = max(self.place.start, own.start)
+        stop = max(start, min(self.place.stop, own.stop))
+        of_prior = slice(start - self.place.start, stop - self.place.start)
+        return Part(
+            _of_arrays(self.prior, self.shape, of_prior),
+            torch.Size([stop - start]),
+            slice(start - own.start, stop - own.start),
+        )
+
+
+class Layers:
+    """Where the arrays of each tensor are among the arrays of all.
+
+    Args:
+        shapes: the shape of the arrays of each tensor, which is that of the tensor without its samples.
+        single: whether there is one tensor, which is no list. Its arrays keep their shape.
+
+    Attributes:
+        shape: shape of all arrays together.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], single: bool) -> None:
+        self.shapes, self.single = tuple(shapes), single
+        self.sizes = [shape.numel() for shape in shapes]
+        self.shape = shapes[0] if single else torch.Size([sum(self.sizes)])
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A tensor of shape (arrays..., *rest) for each to one of all arrays."""
+        if self.single:
+            return tensors[0]
+        return torch.cat(
+            [
+                tensor.reshape(size, *tensor.shape[len(shape) :])
+                for tensor, size, shape in zip(tensors, self.sizes, self.shapes, strict=True)
+            ]
+        )
+
+    def split(self, values: Tensor) -> Tensor | list[Tensor]:
+        """One value of each array, in the shapes of the arrays: a list, unless there is a single tensor."""
+        if self.single:
+            return values
+        return [
+            part.reshape(shape) for part, shape in zip(values.split(self.sizes), self.shapes, strict=True)
+        ]
+
+    def total_of_means(self, values: Tensor) -> Tensor:
+        """One value of each array, averaged over the arrays of each tensor and added up over the tensors."""
+        if self.single:
+            return values.mean()
+        if 0 in self.sizes:  # torch's mean of no values is NaN
+            return torch.stack([part.mean() for part in self.split(values)]).sum()
+        # One product with the weights takes less time than a mean for each tensor.
+        weights = torch.tensor([1 / size for size in self.sizes], dtype=values.dtype, device="cpu")
+        repeats = torch.tensor(self.sizes, device="cpu")
+        return values @ weights.repeat_interleave(repeats, output_size=len(values)).to(values.device)
+
+    def parts(self, priors: Sequence[Distribution]) -> list[Part]:
+        """The arrays by the priors that they have, as few parts as priors can be joined to.
+
+        Args:
+            priors: a prior for each tensor, whose ``batch_shape`` broadcasts to the shape of its arrays.
+        """
+        runs: list[list[Part]] = []
+        for prior, shape, place in zip(priors, self.shapes, self._places(), strict=True):
+            part = Part(prior, shape, place)
+            if runs and _can_join(runs[-1][-1].prior, prior):
+                runs[-1].append(part)
+            else:
+                runs.append([part])
+        return [_joined(run) for run in runs]
+
+    def _places(self) -> Iterator[slice]:
+        ends = [0]
+        for size in self.sizes:
+            ends.append(ends[-1] + size)
+        return (slice(start, stop) for start, stop in pairwise(ends))
+
+
+def _can_join(one: Distribution, other: Distribution) -> bool:
+    """Whether the arrays of both can be evaluated together.
+
+    That takes one prior for all of them, or a family with a prior for each array. To give each array the same
+    prior would take longer than two evaluations.
+    """
+    if not isinstance(one, ClosedFormPrior) or not isinstance(other, ClosedFormPrior):
+        return one is other and not one.batch_shape
+    if one.batch_shape and other.batch_shape:
+        return type(one) is type(other)
+    return not one.batch_shape and one.same_as(other)
+
+
+def _joined(run: Sequence[Part]) -> Part:
+    prior, _, place = run[0]
+    if len(run) == 1:
+        return run[0]
+    place = slice(place.start, run[-1].place.stop)
+    if prior.batch_shape:
+        priors = [part.prior for part in run if isinstance(part.prior, ClosedFormPrior)]
+        prior = ClosedFormPrior.joined(priors, [part.shape for part in run])
+    return Part(prior, torch.Size([place.stop - place.start]), place)
+
+
+def _of_arrays(prior: Distribution, shape: torch.Size, arrays: slice) -> Distribution:
+    """The prior of some of the arrays of a shape."""
+    if isinstance(prior, ClosedFormPrior):
+        return prior.of_arrays(shape, arrays)
+    if prior.batch_shape not in (torch.Size(), torch.Size([1])):
+        raise ValueError(
+            f"across ranks, {type(prior).__name__} must be one prior for all arrays, "
+            f"received batch_shape {tuple(prior.batch_shape)}"
+        )
+    return prior
