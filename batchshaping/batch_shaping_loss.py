@@ -1,4 +1,7 @@
-"""The loss under its published names; new code is better served by :func:`~batchshaping.losses.functional.batch_shaping`."""
+"""The loss under its published names.
+
+New code is better served by :func:`~batchshaping.losses.functional.batch_shaping`.
+"""
 
 from __future__ import annotations
 

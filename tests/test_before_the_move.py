@@ -34,9 +34,7 @@ def test_a_former_module_is_the_present_one(former: str, present: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "statement", ["from batchshaping import ranking", "import batchshaping.ranking"]
-)
+@pytest.mark.parametrize("statement", ["from batchshaping import ranking", "import batchshaping.ranking"])
 def test_a_former_module_is_found_in_a_fresh_process(statement: str) -> None:
     code = f"import sys; {statement}; assert 'batchshaping.statistics.order' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

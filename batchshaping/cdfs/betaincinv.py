@@ -208,7 +208,7 @@ class _BetaIncInv(torch.autograd.Function):
 
 
 def betaincinv(a: Tensor | float, b: Tensor | float, p: Tensor | float) -> Tensor:
-    r"""The inverse of :func:`~batchshaping.cdfs.betainc.betainc` in its last argument, the quantile function of Beta(a, b).
+    r"""The quantile function of Beta(a, b), the inverse of the regularized incomplete beta function in x.
 
     .. math::
         x = \inf \{ t : I_t(a, b) \ge p \}

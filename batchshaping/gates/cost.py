@@ -340,8 +340,9 @@ class MultiplyAdds:
 
 
 def count_macs(model: nn.Module, x: Tensor) -> Tensor:
-    """Multiply-adds that each example costs with the gates it gets, as :class:`~batchshaping.gates.cost.MultiplyAdds` counts them.
+    """Multiply-adds that each example costs with the gates it gets.
 
+    They are counted as :class:`~batchshaping.gates.cost.MultiplyAdds` does.
     The model runs once, in evaluation and without a gradient; its mode and its weights stay as they are. What
     a single kernel of another kind computes is not counted: recurrent layers where cuDNN or oneDNN computes
     them, bilinear layers, deformable convolutions and quantized layers.

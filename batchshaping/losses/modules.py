@@ -21,7 +21,9 @@ __all__ = ["BatchShapingLoss"]
 
 
 class BatchShapingLoss(PriorModule):
-    """The batch-shaping loss as a module; see :func:`~batchshaping.losses.functional.batch_shaping` for the formula and the arguments.
+    """The batch-shaping loss as a module.
+
+    See :func:`~batchshaping.losses.functional.batch_shaping` for the formula and the arguments.
 
     The module owns the prior: its tensors are buffers of the module, or parameters if they were made as
     ``nn.Parameter``, under the names of the prior's arguments. They move with the module, are in

@@ -84,7 +84,7 @@ class Objective(nn.Module):
         shaping, penalty = self.shaping(progress), self.penalty(progress)
         losses = {}
         if shaping > 0:
-            losses["batch_shaping"] = shaping * self._over_layers(probabilities)
+            losses["batch_shaping"] = shaping * self.batch_shaping(probabilities)
         if penalty > 0:
             spent = cost(self.penalized)
             # The ranks together are above the budget or not, as one process with the whole batch would be.
@@ -114,10 +114,6 @@ class Objective(nn.Module):
                 f"budget must be 0 or at least {least:.3g}, the share of the multiply-adds that no gate can "
                 f"save, received {self.budget}"
             )
-
-    def _over_layers(self, probabilities: Sequence[Tensor]) -> Tensor:
-        """The sum of the batch-shaping losses of the layers."""
-        return torch.stack([self.batch_shaping(layer) for layer in probabilities]).sum()
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         if not self.across_ranks:
