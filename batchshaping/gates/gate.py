@@ -389,7 +389,7 @@ def gate_probabilities(model: nn.Module) -> list[Tensor]:
         >>> import batchshaping as bs
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), bs.ChannelGate(8, 32))
         >>> gates = model(torch.randn(64, 1, 9, 9))
-        >>> loss = sum(bs.batch_shaping(p, bs.Beta(0.6, 0.4), dim=0) for p in gate_probabilities(model))
+        >>> loss = bs.batch_shaping(gate_probabilities(model), bs.Beta(0.6, 0.4), dim=0)
         >>> loss.backward()
     """
     return _read_gates(model, lambda gate: gate.probabilities)
