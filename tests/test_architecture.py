@@ -23,7 +23,7 @@ FLOORS = [
     {"statistics"},
     {"losses"},
     {"gates"},
-    {"channel_gating"},
+    {"channel_gating", "mixed_scale"},
     # The root: the public names, and the published interface.
     {
         "batchshaping",
@@ -53,6 +53,7 @@ PUBLIC = {
     *("gates_forced", "l0_penalty", "straight_through_decisions", "count_macs"),
     *("gate_resnet", "gated_resnet18", "gated_resnet20", "gated_resnet32", "gated_resnet34"),
     *("gated_resnet50", "gated_resnet56"),
+    "MSViT",
 }
 
 

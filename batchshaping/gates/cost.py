@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -39,7 +40,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchshaping.gates.gate import ForwardPasses, Gate, gate_decisions, named_gates
 
-__all__ = ["Constant", "ConvolutionTerm", "GateRun", "MultiplyAdds", "Run", "Switched", "Term", "count_macs"]
+__all__ = [
+    "Constant",
+    "ConvolutionTerm",
+    "GateRun",
+    "MultiplyAdds",
+    "Run",
+    "Switched",
+    "Term",
+    "count_macs",
+    "is_measuring",
+]
 
 
 # What the cost is made of
@@ -78,6 +89,8 @@ class Switched(Protocol):
 
     def cost_terms(self, run: Run) -> Iterable[Term]:
         """The terms of the layers within the module whose cost depends on gates.
+
+        A layer that runs several times has a term for each of its runs, in their order, or one for all.
 
         Args:
             run: what was measured in one run of this module. Other layers within it are constants.
@@ -249,10 +262,13 @@ class MultiplyAdds:
         terms: dict[int, Term] = {}
         for run in measured:
             if isinstance(run.module, Switched):
-                by_layer = {term.layer: term for term in run.module.cost_terms(run)}
+                by_layer: dict[str, list[Term]] = {}
+                for term in run.module.cost_terms(run):
+                    by_layer.setdefault(term.layer, []).append(term)
                 for inner in run:
-                    if inner.name in by_layer:
-                        terms[id(inner)] = by_layer[inner.name]
+                    own = by_layer.get(inner.name)
+                    if own:
+                        terms[id(inner)] = own.pop(0) if len(own) > 1 else own[0]
         in_order = [terms.get(id(run), Constant(run.name, run.macs)) for run in measured]
         decisions = _readings(model)
         for gate in {gate.name: None for term in in_order for gate in term.gates}:
@@ -369,6 +385,14 @@ def count_macs(model: nn.Module, x: Tensor) -> Tensor:
     return cost.per_example(decisions) if decisions else cost.per_example([]).to(x.device).expand(len(x))
 
 
+_measuring: ContextVar[bool] = ContextVar("_measuring", default=False)
+
+
+def is_measuring() -> bool:
+    """Whether multiply-adds are being counted: then all layers must run, whatever the gates do."""
+    return _measuring.get()
+
+
 class _Recorder(TorchDispatchMode):
     """Runs a model once and records what each run of each module multiplies and adds."""
 
@@ -386,6 +410,7 @@ class _Recorder(TorchDispatchMode):
         training = [module for module in self.model.modules() if module.training]
         passes = ForwardPasses(self.model)
         handles = []
+        measuring = _measuring.set(True)
         try:
             for module in self.model.modules():
                 handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
@@ -397,6 +422,7 @@ class _Recorder(TorchDispatchMode):
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), _unfused(), self:
                 self.model(self.x)
         finally:
+            _measuring.reset(measuring)
             passes.end()
             for module in training:
                 module.training = True
