@@ -51,8 +51,11 @@ _FRACTION_LIMIT = 1000.0
 # Where there are larger parameters, or there may be, it takes those up to here, and quadrature the others.
 _SHORT_FRACTION_LIMIT = 50.0
 CHUNK = 2**14
+"""Number of pairs of parameters whose coefficients are made at a time."""
+
 _TILE = 2**18
 EPS = torch.finfo(torch.float64).eps
+"""Distance from 1 to the next number in double precision."""
 
 
 class _Parts(NamedTuple):

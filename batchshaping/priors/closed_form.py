@@ -38,9 +38,16 @@ class Range(NamedTuple):
 
 
 POSITIVE = Range("positive and finite", lower=0.0)
+"""The range of a scale or a temperature."""
+
 CONCENTRATION = Range("between 1e-300 and 1e300", SMALLEST_CONCENTRATION, LARGEST_CONCENTRATION)
+"""The range of a concentration of a Beta distribution."""
+
 UNIT = Range("between 0 and 1, both excluded", lower=0.0, upper=1.0)
+"""The range of a mean on the unit interval."""
+
 REAL = Range("finite")
+"""The range of a location."""
 
 
 class ClosedFormPrior(td.Distribution):

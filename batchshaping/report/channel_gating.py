@@ -13,7 +13,7 @@ from batchshaping.report.family import Curve, View
 from batchshaping.report.texts import plotly_text
 from batchshaping.training.config import SMALL_IMAGE_NETWORKS, RunConfig
 
-__all__ = ["ChannelGating", "prior_masses"]
+__all__ = ["ChannelGating", "KINDS", "prior_masses"]
 
 
 class ChannelGating:
@@ -164,3 +164,7 @@ def _least_median_most(quantiles: Sequence[float]) -> tuple[float, float, float]
 def _image(image: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: str(image[name]) for name in ("label", "predicted", "png")}
     return {**shown, "multiply_adds": number(image["multiply_adds"])}
+
+
+KINDS = tuple(curve.name for curve in ChannelGating.curves)
+"""What a run can be, in the order of the legend."""
