@@ -37,6 +37,7 @@ class ChannelGating:
         "budget": lambda share: f"budget {100 * share:.12g}%",
         "network": str,
         "width": lambda channels: f"width {channels}",
+        "gates_per_layer": lambda gates: f"{gates} gates a layer" if gates else "a gate a channel",
         "prior": lambda prior: "prior Beta({:.12g}, {:.12g})".format(*prior),
         "penalized": lambda what: f"{what.replace('-', ' ')} penalized",
     }
@@ -64,8 +65,8 @@ class ChannelGating:
 
 
 _OF_GATES = {
-    *("budget", "gate_bias", "gate_learning_rate", "hidden", "noise_end", "penalized", "penalty"),
-    *("penalty_begin", "penalty_end", "prior", "shaping", "shaping_end"),
+    *("budget", "gate_bias", "gate_learning_rate", "gates_per_layer", "hidden", "noise_end", "penalized"),
+    *("penalty", "penalty_begin", "penalty_end", "prior", "shaping", "shaping_end"),
 }
 """Settings that have no effect on a network without gates."""
 
