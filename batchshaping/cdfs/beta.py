@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -51,8 +51,11 @@ _FRACTION_LIMIT = 1000.0
 # Where there are larger parameters, or there may be, it takes those up to here, and quadrature the others.
 _SHORT_FRACTION_LIMIT = 50.0
 CHUNK = 2**14
+"""Number of pairs of parameters whose coefficients are made at a time."""
+
 _TILE = 2**18
 EPS = torch.finfo(torch.float64).eps
+"""Distance from 1 to the next number in double precision."""
 
 
 class _Parts(NamedTuple):
@@ -66,6 +69,11 @@ class _Parts(NamedTuple):
     pdf: Tensor
     a: Tensor | None = None
     b: Tensor | None = None
+
+    @property
+    def derivatives(self) -> CDFDerivatives:
+        """The CDF with its derivatives alone."""
+        return CDFDerivatives(self.cdf, self.pdf, () if self.a is None or self.b is None else self[3:])  # type: ignore[arg-type]
 
 
 def _steps(largest: float, precise: bool, gradients: bool) -> int:
@@ -86,7 +94,7 @@ class _Fraction:
     t_n = p + 2 n + slope_n y + factor_n y^2 / t_{n+1}. Returned is t_0, with gradients its derivatives in p
     and in q too; that in p is less t_0 / p, to which the rest is nothing where p is tiny. The coefficients
     have the shape of the parameters; for one pair without gradients they are numbers, which makes two passes
-    over y a step instead of five.
+    over y a step instead of five, and no more steps than that pair needs.
 
     Where p is large, p + slope_0 y cancels near the mean. There the lines are taken in the offset of y from a
     centre, in which they are exact; elsewhere the centre is 0 and the offset y itself. Where q is huge, y is
@@ -102,6 +110,7 @@ class _Fraction:
         working: torch.dtype,
         centre: Tensor | None = None,
         unit: Tensor | float = 1.0,
+        accuracy: float | None = None,
     ) -> None:
         n = torch.arange(steps, dtype=p.dtype, device=p.device).reshape(-1, *[1] * p.ndim)
         # The first slope has no term over p - 1, which may be zero.
@@ -113,9 +122,12 @@ class _Fraction:
         weight = (n + 1) / odd.square()
         first = n / even
         slope = first * falling - product / odd
-        self.constant = (p + 2 * n if centre is None else p + 2 * n + slope * centre).to(working)
+        constant, factor = p + 2 * n, product * weight * next_falling
+        if accuracy is not None:
+            constant, slope, factor = _shortened(constant, slope, factor, (p + 1) / (p + q + 2), accuracy)
+        self.constant = (constant if centre is None else constant + slope * centre).to(working)
         self.slope = slope.to(working)
-        self.factor = (product * weight * next_falling).to(working)
+        self.factor = factor.to(working)
         self._method: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self._fold_many
         if gradients:
             product_p = (2 * in_p + in_q) + 2 * in_n
@@ -132,39 +144,47 @@ class _Fraction:
             tables = (self.slope, self.factor, *((self.slope_p, self.slope_q) if gradients else ()))
             tables = (*tables, *((self.factor_p, self.factor_q) if gradients else ()))
             self.numbers = list(zip(*(table.reshape(-1).tolist() for table in tables), strict=True))
+            self.constants = self.constant.reshape(-1).unbind()
             self._method = self._fold_one_with_gradients if gradients else self._fold_one
 
     def __call__(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         return self._method(y, offset)
 
     def _fold_one(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-        # One pass makes a line on the CPU; a tensor there does not mix with those of another device.
-        constant = (self.constant if y.is_cpu else self.constant.to(y.device, non_blocking=True)).reshape(-1)
-        y_square = y * y
-        t = torch.add(constant[-1], offset, alpha=self.numbers[-1][0])
-        line = torch.empty_like(t)
-        for k in range(len(constant) - 2, -1, -1):
-            slope, factor = self.numbers[k]
-            torch.add(constant[k], offset, alpha=slope, out=line)
-            torch.addcdiv(line, y_square, t, value=factor, out=t)
+        constants = self.constants
+        if not y.is_cpu:  # a tensor of the CPU does not mix with those of another device
+            constants = self.constant.to(y.device, non_blocking=True).reshape(-1).unbind()
+        t = torch.empty_like(offset)
+        self.fold_into(t, y * y, offset, torch.empty_like(offset), constants)
         return (t,)
+
+    def fold_into(
+        self, t: Tensor, square: Tensor, offset: Tensor, line: Tensor, constants: Sequence[Tensor]
+    ) -> None:
+        """The fraction of one pair without gradients at y, given its square; line is written over."""
+        last = len(constants) - 1
+        torch.add(constants[last], offset, alpha=self.numbers[last][0], out=t)
+        for k in range(last - 1, -1, -1):
+            slope, factor = self.numbers[k]
+            torch.add(constants[k], offset, alpha=slope, out=line)
+            torch.addcdiv(line, square, t, value=factor, out=t)
 
     def _fold_one_with_gradients(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         if not y.is_cpu:
             return self._fold_gradients(y, offset)
-        constant, one = self.constant.reshape(-1), y.new_ones(())
+        constants, one = self.constants, y.new_ones(())
         y_square = y * y
         slope, _, slope_p, slope_q, *_ = self.numbers[-1]
-        t = torch.add(constant[-1], offset, alpha=slope)
+        t = torch.add(constants[-1], offset, alpha=slope)
         t_p, t_q = torch.add(one, y, alpha=slope_p), y * slope_q
         ratio, decay = torch.empty_like(t), torch.empty_like(t)
-        for k in range(len(constant) - 2, -1, -1):
+        for k in range(len(constants) - 2, -1, -1):
             slope, factor, slope_p, slope_q, factor_p, factor_q = self.numbers[k]
             torch.div(y_square, t, out=ratio)
             torch.div(ratio, t, out=decay).mul_(-factor)
             t_p.mul_(decay).add_(y, alpha=slope_p).add_(ratio, alpha=factor_p).add_(float(k > 0))
             t_q.mul_(decay).add_(y, alpha=slope_q).add_(ratio, alpha=factor_q)
-            torch.add(constant[k], offset, alpha=slope, out=t).add_(ratio, alpha=factor)
+            torch.add(constants[k], offset, alpha=slope, out=t).add_(ratio, alpha=factor)
         return t, t_p, t_q
 
     def _fold_many(self, y: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
@@ -198,6 +218,34 @@ class _Fraction:
             t += self.constant[k]
             t += ratio.mul_(self.factor[k])
         return t, t_p, t_q
+
+
+def _shortened(
+    constant: Tensor, slope: Tensor, factor: Tensor, end: Tensor, accuracy: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As few steps of the fraction of one pair of parameters as reach a relative accuracy up to the end.
+
+    The rest of the fraction is replaced by its secant from 0 to the end, where it is all but straight. That
+    takes the place of one step or two.
+    """
+    # Points that crowd at the end, next to which the fraction may have its singularity.
+    share = torch.linspace(0.0, 1.0, 17, dtype=end.dtype, device=end.device)
+    share = torch.cat([share, 1 - torch.logspace(-1, -9, 33, dtype=end.dtype, device=end.device)])
+    lines = constant.reshape(-1, 1) + slope.reshape(-1, 1) * (end * share)
+    numerators = factor.reshape(-1, 1) * (end * share).square()
+    tail, backwards = lines[-1], [lines[-1]]
+    for line, numerator in zip(lines[:-1].flip(0), numerators[:-1].flip(0), strict=True):
+        tail = torch.addcdiv(line, numerator, tail)
+        backwards.append(tail)
+    tails = torch.stack(backwards[::-1])
+    # How much of a relative error of each tail is left in the value of the fraction.
+    weights = torch.cat([torch.ones_like(lines[:1]), numerators[:-1] / (tails[1:] * tails[:-1])])
+    secants = tails[:, :1] + (tails[:, 16:17] - tails[:, :1]) * share
+    errors = (weights.cumprod(dim=0) * (secants / tails - 1)).abs().amax(dim=1)
+    steps = next((k for k, error in enumerate(errors.tolist(), 1) if error <= accuracy), len(tails))
+    slope = slope[:steps].clone()
+    slope[-1] = (tails[steps - 1, 16] - tails[steps - 1, 0]) / end
+    return constant[:steps], slope, factor[:steps]
 
 
 class _Point(NamedTuple):
@@ -259,36 +307,67 @@ class _ByFraction:
         single = single and all(bool((large == (large[0] and not tails)).all()) for large in above)
         self.working = working = torch.float32 if single else torch.float64
         self.large_a, self.large_b, self.centred = (single and bool(large[0]) for large in above)
+        self.lean = (
+            a.ndim == 0 and a.is_cpu and not (gradients or self.large_a or self.centred) and working == dtype
+        )
         centre = (a / total).to(working)
         self.centre, self.far_centre = centre, 1 - centre
         self.a, self.b = a.to(working), b.to(working)
-        self.numbers = (float(self.a), float(self.b)) if a.ndim == 0 else None
+        self.numbers = (float(self.a), float(self.b)) if a.ndim == 0 else ()
         self.split = ((a + 1) / (total + 2)).to(working)
+        self.far_split, self.one = 1 - self.split, torch.ones((), dtype=working, device=a.device)
         self.split_range = _range(self.split)
         # The exponent is taken relative to the centre, where it is 0: the rest of 1 / B(a, b) multiplies.
         log_centre, log_far = centre.double().log(), torch.log1p(-centre.double())
         self.scale = (a * log_centre + b * log_far - log_beta(a, b)).exp().to(working)
-        self.peak = (a * log_centre * (not self.large_a) + b * log_far * (not self.large_b)).to(working)
+        self.minus_peak = -(a * log_centre * (not self.large_a) + b * log_far * (not self.large_b)).to(
+            working
+        )
         precise = dtype == torch.float64
         steps = [_steps(p, precise, gradients) for p in largest]
         centres = (centre.double(), 1 - centre.double()) if self.centred else (None, None)
-        self.left = _Fraction(a, b, steps[0], gradients, working, centres[0])
-        self.right = _Fraction(b, a, steps[1], gradients, working, centres[1])
+        # One pair of numbers is evaluated many times: it gets no more steps than it needs.
+        fixed = a.ndim == 0 and a.is_cpu and not gradients
+        accuracy = torch.finfo(dtype).eps / 4 if fixed else None
+        self.left = _Fraction(a, b, steps[0], gradients, working, centres[0], accuracy=accuracy)
+        self.right = _Fraction(b, a, steps[1], gradients, working, centres[1], accuracy=accuracy)
         if gradients:
             digamma_total = torch.digamma(total)
             self.shift_a = (digamma_total - torch.digamma(a + 1) + log_centre * self.large_a).to(working)
             self.shift_b = (digamma_total - torch.digamma(b + 1) + log_far * self.large_b).to(working)
             self.inverse_a, self.inverse_b = (1 / a).to(working), (1 / b).to(working)
 
+    def lean_parts(self, x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+        """The CDF and the density of one pair of numbers at x in (0, 1), on the CPU.
+
+        The operations are those of :meth:`BetaCDF.parts`, in few calls and five new tensors: for a small
+        batch, calls and fresh memory would take longer than the numbers.
+        """
+        first, second = torch.log(x), torch.neg(x).log1p_()
+        mass = torch.add(self.minus_peak, first, alpha=a).add_(second, alpha=b).exp_().mul_(self.scale)
+        y, line, left, right = first, second, torch.empty_like(x), torch.empty_like(x)
+        torch.minimum(x, self.split, out=y)
+        self.left.fold_into(left, y * y, y, line, self.left.constants)
+        complement = torch.sub(self.one, x)
+        torch.minimum(complement, self.far_split, out=y)
+        self.right.fold_into(right, y * y, y, line, self.right.constants)
+        in_right = torch.gt(x, self.split, out=y)
+        tail = torch.div(mass, torch.lerp(left, right, in_right, out=left), out=left)
+        return torch.sub(in_right, tail, out=in_right).abs_(), mass.div_(complement.mul_(x))
+
     def from_values(self, x: Tensor, lowest: float) -> _Point:
-        x = x.to(self.working).clamp(0.0, 1.0)
+        x, (least, greatest) = x.to(self.working), _range(x)
+        if not (x.is_cpu and least >= 0.0 and greatest <= 1.0):
+            x, least, greatest = x.clamp(0.0, 1.0), max(least, 0.0), min(greatest, 1.0)
         offset = x - self.centre if self.large_a or self.large_b else x
         log_x = _log_relative(x, offset, self.centre) if self.large_a else x.log()
-        log_complement = _log_relative(1.0 - x, -offset, self.far_centre) if self.large_b else torch.log1p(-x)
+        log_complement = (
+            _log_relative(1.0 - x, -offset, self.far_centre) if self.large_b else x.neg().log1p_()
+        )
         if lowest > -math.inf:
             log_x.clamp_min_(lowest)
         exponent = self._exponent(log_x, log_complement)
-        return _Point(x, 1.0 - x, log_x, log_complement, exponent, _range(x))
+        return _Point(x, self.one - x, log_x, log_complement, exponent, (least, greatest))
 
     def from_logits(self, logits: Tensor) -> _Point:
         logits = logits.to(self.working)
@@ -302,14 +381,14 @@ class _ByFraction:
 
     def _exponent(self, log_x: Tensor, log_complement: Tensor) -> Tensor:
         """The exponent of x^a (1 - x)^b relative to the centre; with numbers it takes half of the passes."""
-        if self.numbers is not None and log_x.is_cpu:
+        if self.numbers and log_x.is_cpu:
             a, b = self.numbers
-            return torch.add(-self.peak, log_x, alpha=a).add_(log_complement, alpha=b)
-        return (log_x * self.a).sub_(self.peak).add_(log_complement * self.b)
+            return torch.add(self.minus_peak, log_x, alpha=a).add_(log_complement, alpha=b)
+        return (log_x * self.a).add_(self.minus_peak).add_(log_complement * self.b)
 
     def rate(self, point: _Point) -> _Rate:
         x = point.x
-        shape = torch.broadcast_shapes(self.shape, x.shape)
+        shape = torch.broadcast_shapes(self.shape, x.shape) if self.shape else x.shape
         least, greatest = point.range
         some_left, some_right = not least > self.split_range[1], not greatest <= self.split_range[0]
         left: tuple[Tensor | None, ...] = (None, None, None)
@@ -318,7 +397,7 @@ class _ByFraction:
             y = torch.minimum(x, self.split).expand(shape)
             left = self.left(y, y - self.centre if self.centred else y)
         if some_right:
-            y = torch.minimum(point.complement, 1 - self.split).expand(shape)
+            y = torch.minimum(point.complement, self.far_split).expand(shape)
             right = self.right(y, self.centre - torch.maximum(x, self.split) if self.centred else y)
         if some_left and some_right:
             # Into numbers at once, several times faster than into booleans.
@@ -464,7 +543,7 @@ def _choose(left: Tensor | None, right: Tensor | None, in_right: Tensor) -> Tens
     if left is None or right is None:
         return cast("Tensor", right if left is None else left)
     # Weights 0 and 1 make lerp an exact choice, several times faster than where.
-    return torch.lerp(left, right, in_right)
+    return torch.lerp(left, right, in_right, out=left)
 
 
 class BetaCDF(PreparedCDF):
@@ -507,17 +586,22 @@ class BetaCDF(PreparedCDF):
             if ordinary
             else _AtAnySize(a, b, bool(ranges), gradients, tails)
         )
+        tails_of = self._tails
+        self._lean = tails_of if isinstance(tails_of, _ByFraction) and tails_of.lean else None
+        self._least = torch.finfo(dtype).smallest_normal
         finfo = torch.finfo(self._tails.working)
         self._lowest = math.log(finfo.smallest_normal) + math.log(finfo.eps)
 
     def __call__(self, x: Tensor) -> CDFDerivatives:
-        found = self.parts(x)
-        return CDFDerivatives(found.cdf, found.pdf, tuple(g for g in found[3:] if g is not None))
+        if self._lean is not None and x.is_cpu and x.dtype == self._lean.working:
+            least, greatest = _range(x)
+            if self._least <= least <= self._lean.split_range[0] < greatest < 1.0:
+                return CDFDerivatives(*self._lean.lean_parts(x, *self._lean.numbers))
+        return self.parts(x).derivatives
 
     def at_logits(self, logits: Tensor) -> CDFDerivatives:
         """The same as a function of logit(x), with the density and no rounding of it."""
-        found = self._parts(self._tails.from_logits(logits), in_logits=True)
-        return CDFDerivatives(found.cdf, found.pdf, tuple(g for g in found[3:] if g is not None))
+        return self._parts(self._tails.from_logits(logits), in_logits=True).derivatives
 
     def parts(self, x: Tensor) -> _Parts:
         """The same with the tail that the CDF is made of."""
@@ -551,7 +635,7 @@ class BetaCDF(PreparedCDF):
     def _parts(self, point: _Point, in_logits: bool) -> _Parts:
         mass = point.exponent.exp_().mul_(self._tails.scale)
         in_right, value, by_a, by_b = self._tails.rate(point)
-        tail = mass / value
+        tail = torch.div(mass, value, out=value)
         # The tail itself left of the split, and 1 less it right of it.
         cdf = (in_right - tail).abs_()
         # x^a (1 - x)^b / B(a, b) is the density of logit(x); that of x is over x (1 - x).
@@ -563,7 +647,7 @@ class BetaCDF(PreparedCDF):
                 by_a.add_(point.log_x.clamp_min_(self._lowest)).mul_(signed_tail),
                 by_b.add_(point.log_complement.clamp_min_(self._lowest)).mul_(signed_tail),
             ]
-        return _Parts(*(t.to(self.dtype) for t in found))
+        return _Parts(*(found if self._tails.working == self.dtype else [t.to(self.dtype) for t in found]))
 
     def _per_x(self, mass: Tensor, point: _Point) -> Tensor:
         """The density of x from that of its logit: 0 at the ends, and finite next to them."""

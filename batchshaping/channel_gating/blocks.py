@@ -6,22 +6,22 @@ A gated block computes
     y = \mathrm{BN}(W_2 * (G(x) \cdot \mathrm{ReLU}(\mathrm{BN}(W_1 * x)))), \qquad
     x' = \mathrm{ReLU}(y + \mathrm{shortcut}(x))
 
-where the gates G(x) of 0 or 1 read the input x of the block. A bottleneck has two inner convolutions and
-gates for both.
+where the gates G(x) of 0 or 1 read the input x of the block. There is one for each inner channel, or one for
+several neighbouring ones. A bottleneck has two inner convolutions and gates for both.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from batchshaping.gates.channel import ChannelGate
 from batchshaping.gates.cost import ConvolutionTerm, Run
-from batchshaping.gates.gate import keep_every_run
+from batchshaping.gates.gate import keep_every_run, whole_number
 
 __all__ = [
     "GATED_BLOCKS",
@@ -30,10 +30,14 @@ __all__ = [
     "GatedBottleneck",
     "GatedTimmBasicBlock",
     "GatedTimmBottleneck",
+    "GatesPerLayer",
     "gate_resnet",
 ]
 
 _Network = TypeVar("_Network", bound=nn.Module)
+
+GatesPerLayer: TypeAlias = int | Sequence[int | None] | None
+"""How many gates a layer has: None for a gate a channel; several numbers for the layers of a block."""
 
 
 class GatedBlock(nn.Module):
@@ -46,11 +50,12 @@ class GatedBlock(nn.Module):
         block: the residual block; its layers are shared, not copied.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits: the higher, the more channels are open at first.
+        gates_per_layer: how many gates a layer has, as in :func:`gate_resnet`.
 
     Raises:
-        ValueError: if the block is of another class, has other layers than convolutions where it should have
-            those, mixes channels between an inner convolution and the next one, or has something under the
-            name of a gate already.
+        ValueError: if a setting is out of range; or if the block is of another class, has other layers than
+            convolutions where it should have those, mixes channels between an inner convolution and the next
+            one, or has something under the name of a gate already.
     """
 
     ungated: ClassVar[str]
@@ -73,7 +78,13 @@ class GatedBlock(nn.Module):
     downsample: nn.Module | None
     gate1: ChannelGate
 
-    def __init__(self, block: nn.Module, hidden: int = 16, bias: float = 0.0) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        hidden: int = 16,
+        bias: float = 0.0,
+        gates_per_layer: GatesPerLayer = None,
+    ) -> None:
         ungated = self.ungated_class()
         if ungated is None or not isinstance(block, ungated):
             library, *_, name = self.ungated.split(".")
@@ -90,6 +101,7 @@ class GatedBlock(nn.Module):
                     f"the block's {name} must treat each channel alone, as batch normalization, average "
                     f"pooling and BlurPool2d do, received {_class_of(getattr(block, name))}"
                 )
+        numbers = iter(self._numbers_of_gates(gates_per_layer))
         for convolution, (_, gate) in self.convolutions.items():
             layer = getattr(block, convolution)
             if not isinstance(layer, nn.Conv2d):
@@ -102,7 +114,13 @@ class GatedBlock(nn.Module):
                 )
             # Chance is that of the CPU, and in single precision, wherever the block is and whatever its type.
             made = ChannelGate(
-                self.conv1.in_channels, layer.out_channels, hidden, bias, device="cpu", dtype=torch.float32
+                self.conv1.in_channels,
+                layer.out_channels,
+                hidden,
+                bias,
+                _number_of_gates(layer.out_channels, next(numbers)),
+                device="cpu",
+                dtype=torch.float32,
             )
             self.add_module(gate, made.to(layer.weight).train(block.training))
 
@@ -111,6 +129,24 @@ class GatedBlock(nn.Module):
         """The class of the blocks, or None if nobody has imported it: then there is no block of it."""
         module, _, name = cls.ungated.rpartition(".")
         return getattr(sys.modules.get(module), name, None)
+
+    @classmethod
+    def _numbers_of_gates(cls, gates_per_layer: GatesPerLayer) -> tuple[int | None, ...]:
+        """What was asked for each layer that has gates, in their order."""
+        layers = sum(gate is not None for _, gate in cls.convolutions.values())
+        if isinstance(gates_per_layer, tuple | list):
+            numbers = tuple(gates_per_layer)
+        else:
+            numbers = (gates_per_layer,) * layers
+        if len(numbers) != layers:
+            raise ValueError(
+                f"gates_per_layer must be one number, or one for each gated layer of a block ({layers} in a "
+                f"{cls.ungated.rpartition('.')[2]}), received {gates_per_layer!r}"
+            )
+        return tuple(
+            number if number is None else whole_number("gates_per_layer", number, least=1)
+            for number in numbers
+        )
 
     def cost_terms(self, run: Run) -> Iterator[ConvolutionTerm]:
         """The convolutions, each with the gates of its input and of its output."""
@@ -135,6 +171,7 @@ class GatedBasicBlock(GatedBlock):
         block: a ``torchvision.models.resnet.BasicBlock``; its layers are shared, not copied.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits.
+        gates_per_layer: how many gates a layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch
@@ -162,6 +199,7 @@ class GatedBottleneck(GatedBlock):
         block: a ``torchvision.models.resnet.Bottleneck``; its layers are shared, not copied.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits.
+        gates_per_layer: how many gates a layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch
@@ -212,6 +250,7 @@ class GatedTimmBasicBlock(_GatedTimmBlock):
         block: a ``timm.models.resnet.BasicBlock``; its layers are shared, not copied.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits.
+        gates_per_layer: how many gates a layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch
@@ -243,6 +282,7 @@ class GatedTimmBottleneck(_GatedTimmBlock):
         block: a ``timm.models.resnet.Bottleneck``; its layers are shared, not copied.
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits.
+        gates_per_layer: how many gates a layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch
@@ -282,7 +322,9 @@ GATED_BLOCKS: tuple[type[GatedBlock], ...] = (
 """The gated blocks, each for one class of blocks. One more class here, and its blocks can be gated."""
 
 
-def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Network:
+def gate_resnet(
+    resnet: _Network, hidden: int = 16, bias: float = 0.0, gates_per_layer: GatesPerLayer = None
+) -> _Network:
     """Gate the inner channels of every residual block of a ResNet, in place.
 
     All weights stay, under their names; the gates' are new. Each block stays the object that it is, with its
@@ -297,15 +339,20 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
         hidden: width of the MLP in each gate.
         bias: added to the gates' initial logits. 0 suits training from the start, where half of the channels
             are open at first; a trained network keeps more of what it knows with 2 or 3.
+        gates_per_layer: how many gates each inner layer has. A gate for each channel, as in the paper, by
+            default. With 8, each gate switches an eighth of the channels, and at least 16 of them, so that
+            narrow layers have fewer gates: then closed gates save time too, see
+            :func:`~batchshaping.conditional_inference`. A pair for bottlenecks: the gates of their first and
+            of their second layer.
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: if it has no residual blocks of these libraries, or one with another forward pass, such as
-            a subclass; if a block of timm mixes its inner channels (group normalization); if it is gated
-            already; or if it is wrapped for many processes, which would not keep the gates the same in all of
-            them. Nothing is changed then.
+        ValueError: if a setting is out of range; if the module has no residual blocks of these libraries, or
+            one with another forward pass, such as a subclass; if a block of timm mixes its inner channels
+            (group normalization); if it is gated already; or if it is wrapped for many processes, which would
+            not keep the gates the same in all of them. Nothing is changed then.
 
     References:
         Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
@@ -339,7 +386,7 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
                         f"pass, received {where}{_class_of(module)} ({gated_class.__name__}(block) makes a "
                         "gated one of its layers)"
                     )
-                gated[module] = gated_class(module, hidden, bias)
+                gated[module] = gated_class(module, hidden, bias, gates_per_layer)
     if not gated:
         children = {module: {name for name, _ in module.named_children()} for module in resnet.modules()}
         others = sorted(
@@ -357,6 +404,15 @@ def gate_resnet(resnet: _Network, hidden: int = 16, bias: float = 0.0) -> _Netwo
     # Where a block is used twice, what it costs depends on both of its runs.
     keep_every_run(resnet)
     return resnet
+
+
+LEAST_CHANNELS = 16
+"""How many channels a gate for several switches at least: fewer make convolutions too small to be fast."""
+
+
+def _number_of_gates(channels: int, gates_per_layer: int | None) -> int | None:
+    """How many gates a layer of so many channels gets; None for a gate a channel."""
+    return None if gates_per_layer is None else max(1, min(gates_per_layer, channels // LEAST_CHANNELS))
 
 
 _SYNCHRONIZED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from batchshaping.channel_gating.blocks import gate_resnet
+from batchshaping.channel_gating.blocks import GatesPerLayer, gate_resnet
 
 __all__ = [
     "SmallImageResNet",
@@ -86,13 +86,16 @@ class SmallImageResNet(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def gated_resnet20(num_classes: int = 10, in_channels: int = 3, hidden: int = 16) -> SmallImageResNet:
+def gated_resnet20(
+    num_classes: int = 10, in_channels: int = 3, hidden: int = 16, gates_per_layer: GatesPerLayer = None
+) -> SmallImageResNet:
     """The gated ResNet-20 for small images such as CIFAR's: 9 gated basic blocks of 16, 32 and 64 channels.
 
     Args:
         num_classes: number of outputs.
         in_channels: channels of the images.
         hidden: width of the MLP in each gate.
+        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -100,16 +103,21 @@ def gated_resnet20(num_classes: int = 10, in_channels: int = 3, hidden: int = 16
         >>> network(torch.randn(2, 3, 32, 32)).shape, len(bs.gate_decisions(network))
         (torch.Size([2, 10]), 9)
     """
-    return gate_resnet(SmallImageResNet(20, num_classes, in_channels), hidden)
+    return gate_resnet(
+        SmallImageResNet(20, num_classes, in_channels), hidden, gates_per_layer=gates_per_layer
+    )
 
 
-def gated_resnet32(num_classes: int = 10, in_channels: int = 3, hidden: int = 16) -> SmallImageResNet:
+def gated_resnet32(
+    num_classes: int = 10, in_channels: int = 3, hidden: int = 16, gates_per_layer: GatesPerLayer = None
+) -> SmallImageResNet:
     """The gated ResNet-32 for small images such as CIFAR's: 15 gated basic blocks of 16, 32 and 64 channels.
 
     Args:
         num_classes: number of outputs.
         in_channels: channels of the images.
         hidden: width of the MLP in each gate.
+        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -117,16 +125,21 @@ def gated_resnet32(num_classes: int = 10, in_channels: int = 3, hidden: int = 16
         >>> network(torch.randn(2, 3, 32, 32)).shape, len(bs.gate_decisions(network))
         (torch.Size([2, 10]), 15)
     """
-    return gate_resnet(SmallImageResNet(32, num_classes, in_channels), hidden)
+    return gate_resnet(
+        SmallImageResNet(32, num_classes, in_channels), hidden, gates_per_layer=gates_per_layer
+    )
 
 
-def gated_resnet56(num_classes: int = 10, in_channels: int = 3, hidden: int = 16) -> SmallImageResNet:
+def gated_resnet56(
+    num_classes: int = 10, in_channels: int = 3, hidden: int = 16, gates_per_layer: GatesPerLayer = None
+) -> SmallImageResNet:
     """The gated ResNet-56 for small images such as CIFAR's: 27 gated basic blocks of 16, 32 and 64 channels.
 
     Args:
         num_classes: number of outputs.
         in_channels: channels of the images.
         hidden: width of the MLP in each gate.
+        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -134,10 +147,14 @@ def gated_resnet56(num_classes: int = 10, in_channels: int = 3, hidden: int = 16
         >>> network(torch.randn(2, 3, 32, 32)).shape, len(bs.gate_decisions(network))
         (torch.Size([2, 10]), 27)
     """
-    return gate_resnet(SmallImageResNet(56, num_classes, in_channels), hidden)
+    return gate_resnet(
+        SmallImageResNet(56, num_classes, in_channels), hidden, gates_per_layer=gates_per_layer
+    )
 
 
-def gated_resnet18(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
+def gated_resnet18(
+    num_classes: int = 1000, hidden: int = 16, gates_per_layer: GatesPerLayer = None
+) -> nn.Module:
     """The gated ResNet-18 for large images such as ImageNet's: torchvision's with 8 gated basic blocks.
 
     With pretrained weights: ``bs.gate_resnet(torchvision.models.resnet18(weights="DEFAULT"), bias=3.0)``.
@@ -145,6 +162,7 @@ def gated_resnet18(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
     Args:
         num_classes: number of outputs.
         hidden: width of the MLP in each gate.
+        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -155,10 +173,12 @@ def gated_resnet18(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
     from torchvision.models import resnet18
 
     network: nn.Module = resnet18(num_classes=num_classes)
-    return gate_resnet(network, hidden)
+    return gate_resnet(network, hidden, gates_per_layer=gates_per_layer)
 
 
-def gated_resnet34(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
+def gated_resnet34(
+    num_classes: int = 1000, hidden: int = 16, gates_per_layer: GatesPerLayer = None
+) -> nn.Module:
     """The gated ResNet-34 for large images such as ImageNet's: torchvision's with 16 gated basic blocks.
 
     With pretrained weights: ``bs.gate_resnet(torchvision.models.resnet34(weights="DEFAULT"), bias=3.0)``.
@@ -166,6 +186,7 @@ def gated_resnet34(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
     Args:
         num_classes: number of outputs.
         hidden: width of the MLP in each gate.
+        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -176,10 +197,12 @@ def gated_resnet34(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
     from torchvision.models import resnet34
 
     network: nn.Module = resnet34(num_classes=num_classes)
-    return gate_resnet(network, hidden)
+    return gate_resnet(network, hidden, gates_per_layer=gates_per_layer)
 
 
-def gated_resnet50(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
+def gated_resnet50(
+    num_classes: int = 1000, hidden: int = 16, gates_per_layer: GatesPerLayer = None
+) -> nn.Module:
     """The gated ResNet-50 for large images such as ImageNet's: torchvision's with 16 gated bottleneck blocks.
 
     With pretrained weights: ``bs.gate_resnet(torchvision.models.resnet50(weights="DEFAULT"), bias=3.0)``.
@@ -187,6 +210,7 @@ def gated_resnet50(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
     Args:
         num_classes: number of outputs.
         hidden: width of the MLP in each gate.
+        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -197,4 +221,4 @@ def gated_resnet50(num_classes: int = 1000, hidden: int = 16) -> nn.Module:
     from torchvision.models import resnet50
 
     network: nn.Module = resnet50(num_classes=num_classes)
-    return gate_resnet(network, hidden)
+    return gate_resnet(network, hidden, gates_per_layer=gates_per_layer)

@@ -29,11 +29,19 @@ __all__ = [
 
 
 PARAMETERS = "Parameters of the prior"
+"""Heading of the options for the parameters of a prior."""
+
 START = "Values to start from"
+"""Heading of the options for the values that a fit starts from."""
+
 TRAINING = "Training"
+"""Heading of the options for the steps of a fit or a training."""
+
 FILES = "Files"
+"""Heading of the options for files and folders."""
 
 LARGEST_SEED = 2**32 - 1
+"""The largest seed that a command takes."""
 
 
 def show_metrics(metrics: dict[str, Any]) -> None:

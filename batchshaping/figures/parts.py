@@ -46,9 +46,16 @@ __all__ = [
     "target_density",
 ]
 BINS = 20
+"""Number of bins of a histogram."""
+
 GRID = np.linspace(0.0, 1.0, 401)
+"""Where curves on (0, 1) are evaluated."""
+
 POINTS = 500
+"""Largest number of points that are drawn for one array."""
+
 POINTS_OF_AN_ARRAY = 150
+"""The same where there are axes for several arrays."""
 
 
 # Curves

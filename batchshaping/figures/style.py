@@ -12,11 +12,14 @@ from matplotlib.rcsetup import cycler
 __all__ = ["Array", "COLORS", "DASHES", "GRID_COLOR", "LARGE_STYLE", "STYLE", "house_style"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+"""An array of numbers."""
 
 COLORS = {"values": "#56B4E9", "empirical": "#0072B2", "target": "#000000", "loss": "#D55E00"}
 """What a color stands for: values, their distribution, their prior, the loss (Okabe and Ito, 2008)."""
 
 GRID_COLOR = "#E5E5E5"
+"""Color of grid lines."""
+
 _DRAWN = ("axes", "figure", "font", "grid", "legend", "lines", "patch", "scatter", "text", "xtick", "ytick")
 STYLE: dict[Any, Any] = {
     # All that is not set below is as in matplotlib, whatever style is active.
@@ -41,7 +44,8 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
-# Callers of the published interface write labels of 14 to 16 points into its figures.
+"""Settings of matplotlib for the figures of this project."""
+
 LARGE_STYLE: dict[Any, Any] = {
     **STYLE,
     "axes.labelsize": 14,
@@ -53,7 +57,10 @@ LARGE_STYLE: dict[Any, Any] = {
     "xtick.labelsize": 11,
     "ytick.labelsize": 11,
 }
+"""The same for the published axes, into which callers write labels of 14 to 16 points."""
+
 DASHES = (0, (3, 1.5))
+"""Line style of a prior."""
 
 
 def house_style() -> AbstractContextManager[None]:

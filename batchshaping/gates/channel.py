@@ -1,19 +1,20 @@
-"""A gate for each channel of a layer, decided from the mean of each feature map."""
+"""Gates for the channels of a layer, one each or one for several, decided from the means of feature maps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from batchshaping.gates.gate import Gate, whole_number
 
-__all__ = ["ChannelGate"]
+__all__ = ["ChannelGate", "even_sizes", "to_channels"]
 
 
 class ChannelGate(Gate):
-    r"""A gate for each channel of a layer, decided example by example from the mean of each feature map.
+    r"""Gates for the channels of a layer, decided example by example from the mean of each feature map.
 
     .. math::
         \log \alpha = W_b \, \mathrm{ReLU}(\mathrm{BN}(W_a \, \mathrm{pool}(x)))
@@ -23,16 +24,23 @@ class ChannelGate(Gate):
         out_channels: channels that it switches.
         hidden: width of the MLP.
         bias: added to the initial logits: the higher, the more channels are open at first; half of them at 0.
+        gates: how many gates there are. Each switches neighbouring channels, as many as the others or one
+            more. A gate for each channel by default.
         device: where its tensors are; as PyTorch chooses by default.
         dtype: their type; as PyTorch chooses by default.
 
+    Attributes:
+        sizes: how many channels each gate switches, in their order; None if it is one each.
+
     Shape:
-        x is (N, in_channels, ...) with any number of dimensions to pool over, or none. The gates are
-        (N, out_channels, 1, ...) with as many, so that they multiply the channels as they are.
+        x is (N, in_channels, ...) with any number of dimensions to pool over, or none. What the module
+        returns is (N, out_channels, 1, ...) with as many, so that it multiplies the channels as it is. What
+        the gates decided is (N, gates).
 
     Raises:
-        ValueError: if a width is no positive integer or the bias not finite; if x has another number of
-            channels, or too few examples for batch normalization in training.
+        ValueError: if a width is no positive integer, if there are more gates than channels, or if the bias
+            is not finite; if x has another number of channels, or too few examples for batch normalization in
+            training.
 
     References:
         Bejnordi, Blankevoort and Welling, Batch-Shaping for Learning Conditional Channel Gated Networks, ICLR
@@ -43,7 +51,12 @@ class ChannelGate(Gate):
         >>> x, inner = torch.randn(4, 8, 7, 7), torch.randn(4, 32, 7, 7)
         >>> (gate(x) * inner).shape, gate.probabilities.shape
         (torch.Size([4, 32, 7, 7]), torch.Size([4, 32]))
+        >>> gate = ChannelGate(in_channels=8, out_channels=32, gates=3)
+        >>> (gate(x) * inner).shape, gate.probabilities.shape, gate.sizes
+        (torch.Size([4, 32, 7, 7]), torch.Size([4, 3]), (11, 11, 10))
     """
+
+    sizes: tuple[int, ...] | None = None
 
     def __init__(
         self,
@@ -51,6 +64,7 @@ class ChannelGate(Gate):
         out_channels: int,
         hidden: int = 16,
         bias: float = 0.0,
+        gates: int | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,7 +75,14 @@ class ChannelGate(Gate):
         hidden = whole_number("hidden", hidden, least=1)
         if not math.isfinite(bias):
             raise ValueError(f"bias must be finite, received {bias}")
-        last = nn.Linear(hidden, out_channels, device=device, dtype=dtype)
+        gates = out_channels if gates is None else whole_number("gates", gates, least=1)
+        if gates > out_channels:
+            raise ValueError(
+                f"gates must be at most one for each of the {out_channels} channels, received {gates}"
+            )
+        if gates < out_channels:
+            self.sizes = even_sizes(out_channels, gates)
+        last = nn.Linear(hidden, gates, device=device, dtype=dtype)
         with torch.no_grad():
             last.bias.add_(bias)
         self.to_logits = nn.Sequential(
@@ -77,7 +98,7 @@ class ChannelGate(Gate):
         if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self._refuse_unreadable(x)
         pooled = x.flatten(2).mean(dim=2) if x.ndim > 2 else x
-        gates = self.decide(self.to_logits(pooled))
+        gates = to_channels(self.decide(self.to_logits(pooled)), self.sizes)
         return gates.reshape(*gates.shape, *[1] * (x.ndim - 2))
 
     def _refuse_unreadable(self, x: Tensor) -> None:
@@ -91,3 +112,38 @@ class ChannelGate(Gate):
                     "a gate in training normalizes over the batch and needs at least 2 examples, "
                     f"received {x.shape[0]} (drop_last=True leaves out a last batch of one)"
                 )
+
+
+def even_sizes(channels: int, gates: int) -> tuple[int, ...]:
+    """How many channels each gate switches: the same number, or one more for the first gates.
+
+    Example:
+        >>> even_sizes(channels=10, gates=4)
+        (3, 3, 2, 2)
+    """
+    size, rest = divmod(channels, gates)
+    return (size + 1,) * rest + (size,) * (gates - rest)
+
+
+def to_channels(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
+    """Give each channel the value of its gate.
+
+    Args:
+        values: of shape (N, gates).
+        sizes: how many channels each gate switches, as :func:`even_sizes` gives them; None if it is one each.
+
+    Returns:
+        A tensor of shape (N, channels).
+
+    Example:
+        >>> to_channels(torch.tensor([[0.1, 0.7]]), sizes=(3, 2))
+        tensor([[0.1000, 0.1000, 0.1000, 0.7000, 0.7000]])
+    """
+    if sizes is None:
+        return values
+    larger, smaller = sizes[0], sizes[-1]
+    number = sum(size == larger for size in sizes)
+    if number == len(sizes):
+        return values.unsqueeze(2).expand(-1, -1, larger).flatten(1)
+    parts = [(values[:, :number], larger), (values[:, number:], smaller)]
+    return torch.cat([part.unsqueeze(2).expand(-1, -1, size).flatten(1) for part, size in parts], dim=1)

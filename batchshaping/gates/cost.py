@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchshaping.gates.channel import to_channels
 from batchshaping.gates.gate import ForwardPasses, Gate, gate_decisions, named_gates
 
 __all__ = [
@@ -98,16 +99,29 @@ class Switched(Protocol):
 
 
 class GateRun(NamedTuple):
-    """One run of a gate in a forward pass: which of the values that the gate gives are those of this run."""
+    """One run of a gate in a forward pass: which of the values that the gate gives are those of this run.
+
+    Attributes:
+        name: name of the gate's module in the model.
+        first: index of the first value of this run.
+        end: index after its last value.
+        sizes: how many channels each value switches, as in :class:`~batchshaping.gates.channel.ChannelGate`;
+            None if it is one each.
+    """
 
     name: str
     first: int
     end: int
+    sizes: tuple[int, ...] | None = None
 
     def of(self, gates: Mapping[str, Tensor]) -> Tensor:
         """The values in this run, of shape (N, gates)."""
         values = gates[self.name]
         return values if values.shape[1] == self.end - self.first else values[:, self.first : self.end]
+
+    def of_channels(self, gates: Mapping[str, Tensor]) -> Tensor:
+        """The values in this run, that of its gate for each channel, of shape (N, channels)."""
+        return to_channels(self.of(gates), self.sizes)
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,8 @@ class ConvolutionTerm:
     def per_example(self, gates: Mapping[str, Tensor]) -> Tensor:
         """In each group, the share of pairs of an input and an output channel that are both open."""
         shares: list[Tensor] = [
-            _at_least_float32(run.of(gates)).unflatten(1, (self.groups, -1)).mean(dim=2) for run in self.gates
+            _at_least_float32(run.of_channels(gates)).unflatten(1, (self.groups, -1)).mean(dim=2)
+            for run in self.gates
         ]
         return self.macs * math.prod(shares[1:], start=shares[0]).mean(dim=1)
 
@@ -433,7 +448,7 @@ class _Recorder(TorchDispatchMode):
     def _begin(self, module: nn.Module, args: Any) -> None:
         run = Run(self.names[module], module)
         if isinstance(module, Gate):
-            run.gates = GateRun(run.name, _number_of_values(module), 0)
+            run.gates = GateRun(run.name, _number_of_values(module), 0, getattr(module, "sizes", None))
         self.runs[-1].within.append(run)
         self.runs.append(run)
 

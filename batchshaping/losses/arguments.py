@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from batchshaping.losses.layers import Layers
-from batchshaping.priors.checks import check_values, is_index
+from batchshaping.priors.checks import check_values
 from batchshaping.statistics import STATISTICS
 from batchshaping.statistics.statistic import Discrepancy
 
 __all__ = [
-    "canonical_dims",
     "check_broadcast",
     "check_prior",
     "check_same_samples",
@@ -24,7 +22,6 @@ __all__ = [
     "chosen_statistic",
     "mask_like",
     "one_for_each",
-    "samples_last",
     "tensors_of",
 ]
 
@@ -70,12 +67,10 @@ def one_for_each(value: _Value | Sequence[_Value], x: Tensor | Sequence[Tensor],
     return list(value)
 
 
-def check_same_samples(
-    tensors: Sequence[Tensor], samples: Sequence[int], dim: int | Sequence[int] | None
-) -> None:
+def check_same_samples(layers: Layers, tensors: Sequence[Tensor], dim: int | Sequence[int] | None) -> None:
     """Refuse a list of tensors that have different numbers of samples."""
-    for tensor, number in zip(tensors, samples, strict=True):
-        if number != samples[0]:
+    for number, tensor in zip(layers.samples, tensors, strict=True):
+        if number != layers.samples[0]:
             raise ValueError(
                 f"the tensors of a list must have the same number of samples along dim={dim}, "
                 f"received shapes {tuple(tensors[0].shape)} and {tuple(tensor.shape)}"
@@ -132,38 +127,6 @@ def check_broadcast(
             f"prior's batch_shape {tuple(prior.batch_shape)} does not broadcast to {tuple(arrays)}, "
             f"what dim={dim} leaves of x with shape {tuple(shape)}"
         )
-
-
-def canonical_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    """The sample dimensions, counted from the front and in order."""
-    named: Sequence[Any] = () if dim is None else (dim,)
-    if not is_index(dim) and isinstance(dim, Iterable):
-        named = tuple(dim)
-    if not all(map(is_index, named)):
-        raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")
-    dims = tuple(map(operator.index, named))
-    if not dims:  # as in torch, no dimension means all of them
-        return tuple(range(ndim))
-    span = max(ndim, 1)
-    for d in dims:
-        if not -span <= d < span:
-            raise IndexError(
-                f"dim must be in [{-span}, {span - 1}] for x with {ndim} dimensions, received {d}"
-            )
-    found = sorted({d % span for d in dims})
-    if len(found) != len(dims):
-        raise ValueError(f"dim must name each dimension once, received {tuple(dims)}")
-    return tuple(d for d in found if d < ndim)
-
-
-def samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Move the sample dimensions to the end and join them: (arrays..., N)."""
-    kept = [d for d in range(x.ndim) if d not in dims]
-    moved = x.permute((*kept, *dims))
-    if len(dims) == 1:
-        return moved
-    # The product, and not -1, since there may be no values at all.
-    return moved.reshape(*moved.shape[: len(kept)], moved.shape[len(kept) :].numel())
 
 
 def mask_like(x: Tensor, mask: Tensor) -> Tensor:

@@ -56,13 +56,9 @@ def _compiled(
 def _(batch: Any, parameters: Any, statistic: Any, prior: Any, flags: Any) -> list[Tensor]:
     x, needs = batch[0], Needs(*flags[2:])
     arrays = x.shape[:-1]
-    in_parameters = [x.new_empty(arrays if needs.parameters else 0) for _ in parameters]
-    return [
-        x.new_empty(arrays),
-        x.new_empty(x.shape if needs.values else 0),
-        x.new_empty(arrays),
-        *in_parameters,
-    ]
+    in_parameters = [x.new_empty(arrays) for _ in parameters] if needs.parameters else []
+    gradient = x.new_empty(x.shape if needs.values else 0)
+    return [x.new_empty(arrays), gradient, x.new_empty(arrays), *in_parameters]
 
 
 class _ClosedFormLoss(torch.autograd.Function):
@@ -92,16 +88,13 @@ class _ClosedFormLoss(torch.autograd.Function):
             return (None,) * (4 + len(ctx.parameter_shapes))
         in_values, factor, *in_parameters = ctx.saved_tensors
         scaled = gradient * factor
-        return (
-            scaled.unsqueeze(-1) * in_values if ctx.needs_input_grad[0] else None,
-            *(None, None, None),
-            *(
-                (scaled * by).sum_to_size(shape).to(dtype) if needed else None
-                for by, (shape, dtype), needed in zip(
-                    in_parameters, ctx.parameter_shapes, ctx.needs_input_grad[4:], strict=True
-                )
-            ),
-        )
+        gradient_values = scaled.unsqueeze(-1) * in_values if ctx.needs_input_grad[0] else None
+        gradients: list[Tensor | None] = [None] * len(ctx.parameter_shapes)
+        for k, by in enumerate(in_parameters):
+            if ctx.needs_input_grad[4 + k]:
+                shape, dtype = ctx.parameter_shapes[k]
+                gradients[k] = (scaled * by).sum_to_size(shape).to(dtype)
+        return gradient_values, None, None, None, *gradients
 
 
 class _TransformedLoss(_ClosedFormLoss):

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from batchshaping.losses.arguments import (
-    canonical_dims,
     check_broadcast,
     check_prior,
     check_same_samples,
@@ -30,7 +29,6 @@ from batchshaping.losses.arguments import (
     chosen_statistic,
     mask_like,
     one_for_each,
-    samples_last,
     tensors_of,
 )
 from batchshaping.losses.closed_form import loss_of_arrays
@@ -170,12 +168,12 @@ def shaping_loss(
         check_prior(each)
         check_parameters(each)
     tensors = tensors_of(x)
-    arrays, counts = _arrays_of(tensors, one_for_each(mask, x, "mask"), settings.dim)
-    for tensor, each, array in zip(tensors, priors, arrays, strict=True):
-        check_broadcast(each, array.shape[:-1], tensor.shape, settings.dim)
-    layers = Layers([array.shape[:-1] for array in arrays], single=isinstance(x, Tensor))
+    layers = Layers(x, settings.dim)
+    check_same_samples(layers, tensors, settings.dim)
+    for tensor, each, shape in zip(tensors, priors, layers.shapes, strict=True):
+        check_broadcast(each, shape, tensor.shape, settings.dim)
     parts = layers.parts(priors)
-    current = Batch(layers.join(arrays), counts if counts is None else layers.join(counts))
+    current = _current(layers, tensors, one_for_each(mask, x, "mask"))
     batch = current if history is None else _among_past(current, history)
     group = resolve_group(settings.group)
     columns = None
@@ -191,32 +189,23 @@ def shaping_loss(
         loss = Collect.apply(loss, columns)
     if history is not None:
         history.remember(current.values, current.counts)
-    reduced = reduce(layers, loss.reshape(layers.shape))
+    reduced = reduce(layers, loss if loss.shape == layers.shape else loss.reshape(layers.shape))
     dtype = tensors[0].dtype
     return [each.to(dtype) for each in reduced] if isinstance(reduced, list) else reduced.to(dtype)
 
 
-def _arrays_of(
-    tensors: Sequence[Tensor], masks: Sequence[Tensor | None], dim: int | Sequence[int] | None
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The arrays of each tensor, of shape (arrays..., N), and, with a mask, the number of samples of each.
-
-    Masked values become infinite.
-    """
-    dims = [canonical_dims(dim, tensor.ndim) for tensor in tensors]
-    arrays = [samples_last(tensor, each) for tensor, each in zip(tensors, dims, strict=True)]
-    check_same_samples(tensors, [array.shape[-1] for array in arrays], dim)
+def _current(layers: Layers, tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Batch:
+    """The arrays of all tensors, in which masked values are infinite."""
+    values = layers.join(tensors)
     if all(mask is None for mask in masks):
-        return arrays, None
-    counts = []
-    for k, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
-        if mask is None:
-            counts.append(torch.full_like(arrays[k][..., 0], arrays[k].shape[-1], dtype=torch.int64))
-            continue
-        is_sample = samples_last(mask_like(tensor, mask), dims[k])
-        counts.append(is_sample.sum(dim=-1))
-        arrays[k] = arrays[k].masked_fill(~is_sample, torch.inf)
-    return arrays, counts
+        return Batch(values)
+    is_sample = layers.join(
+        [
+            torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask_like(tensor, mask)
+            for tensor, mask in zip(tensors, masks, strict=True)
+        ]
+    )
+    return Batch(values.masked_fill(~is_sample, torch.inf), is_sample.sum(dim=-1))
 
 
 def _among_past(current: Batch, history: History) -> Batch:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from batchshaping.losses.arguments import canonical_dims, chosen_statistic
+from batchshaping.losses.arguments import chosen_statistic
+from batchshaping.losses.dims import canonical_dims
 from batchshaping.losses.distributed import Group
 from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.modules import BatchShapingLoss

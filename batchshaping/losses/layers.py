@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from batchshaping.losses.dims import canonical_dims, samples_last
 from batchshaping.priors.closed_form import ClosedFormPrior
 
 __all__ = ["Layers", "Part"]
-
-_Value = TypeVar("_Value")
 
 
 class Part(NamedTuple):
@@ -46,28 +45,36 @@ class Layers:
     """Where the arrays of each tensor are among the arrays of all.
 
     Args:
-        shapes: the shape of the arrays of each tensor, which is that of the tensor without its samples.
-        single: whether there is one tensor, which is no list. Its arrays keep their shape.
+        tensors: a tensor, or a list of tensors of the same number of samples.
+        dim: the dimension or dimensions that hold the samples; None for all.
 
     Attributes:
+        single: whether there is one tensor, which is no list. Its arrays keep their shape.
+        samples: the number of samples of each tensor.
+        shapes: the shape of the arrays of each tensor, which is that of the tensor without its samples.
         shape: shape of all arrays together.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], single: bool) -> None:
-        self.shapes, self.single = tuple(shapes), single
-        self.sizes = [shape.numel() for shape in shapes]
-        self.shape = shapes[0] if single else torch.Size([sum(self.sizes)])
+    def __init__(self, tensors: Tensor | Sequence[Tensor], dim: int | Sequence[int] | None) -> None:
+        self.single = isinstance(tensors, Tensor)
+        listed = (tensors,) if isinstance(tensors, Tensor) else tensors
+        by_ndim = {ndim: canonical_dims(dim, ndim) for ndim in {tensor.ndim for tensor in listed}}
+        self.dims = [by_ndim[tensor.ndim] for tensor in listed]
+        sized = list(zip((tensor.shape for tensor in listed), self.dims, strict=True))
+        self.samples = [torch.Size([shape[d] for d in dims]).numel() for shape, dims in sized]
+        self.shapes = [
+            torch.Size([size for d, size in enumerate(shape) if d not in dims]) for shape, dims in sized
+        ]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.shape = self.shapes[0] if self.single else torch.Size([sum(self.sizes)])
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A tensor of shape (arrays..., *rest) for each to one of all arrays."""
+        """All arrays, of shape (arrays..., N)."""
         if self.single:
-            return tensors[0]
-        return torch.cat(
-            [
-                tensor.reshape(size, *tensor.shape[len(shape) :])
-                for tensor, size, shape in zip(tensors, self.sizes, self.shapes, strict=True)
-            ]
-        )
+            return samples_last(tensors[0], self.dims[0])
+        # As the samples usually come first, most tensors can be joined as they are.
+        columns = [_samples_first(tensor, dims) for tensor, dims in zip(tensors, self.dims, strict=True)]
+        return torch.cat(columns, dim=1).T
 
     def split(self, values: Tensor) -> Tensor | list[Tensor]:
         """One value of each array, in the shapes of the arrays: a list, unless there is a single tensor."""
@@ -94,6 +101,8 @@ class Layers:
         Args:
             priors: a prior for each tensor, whose ``batch_shape`` broadcasts to the shape of its arrays.
         """
+        if self.single:
+            return [Part(priors[0], self.shape, slice(0, self.sizes[0]))]
         runs: list[list[Part]] = []
         for prior, shape, place in zip(priors, self.shapes, self._places(), strict=True):
             part = Part(prior, shape, place)
@@ -108,6 +117,15 @@ class Layers:
         for size in self.sizes:
             ends.append(ends[-1] + size)
         return (slice(start, stop) for start, stop in pairwise(ends))
+
+
+def _samples_first(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Move the sample dimensions to the front, and join them and the others: (N, arrays)."""
+    if x.ndim == 2 and dims == (0,):
+        return x
+    kept = [d for d in range(x.ndim) if d not in dims]
+    moved = x.permute((*dims, *kept))
+    return moved.reshape(moved.shape[: len(dims)].numel(), moved.shape[len(dims) :].numel())
 
 
 def _can_join(one: Distribution, other: Distribution) -> bool:

@@ -17,7 +17,16 @@ from batchshaping.cdfs.elementwise import to_front
 from batchshaping.cdfs.prepared import PreparedCDF, stretched
 from batchshaping.priors.checks import extent, known_to_hold
 
-__all__ = ["CONCENTRATION", "ClosedFormPrior", "POSITIVE", "REAL", "Range", "UNIT", "check_parameters"]
+__all__ = [
+    "CONCENTRATION",
+    "ClosedFormPrior",
+    "POSITIVE",
+    "REAL",
+    "Range",
+    "UNIT",
+    "are_numbers",
+    "check_parameters",
+]
 
 
 class Range(NamedTuple):
@@ -38,9 +47,16 @@ class Range(NamedTuple):
 
 
 POSITIVE = Range("positive and finite", lower=0.0)
+"""The range of a scale or a temperature."""
+
 CONCENTRATION = Range("between 1e-300 and 1e300", SMALLEST_CONCENTRATION, LARGEST_CONCENTRATION)
+"""The range of a concentration of a Beta distribution."""
+
 UNIT = Range("between 0 and 1, both excluded", lower=0.0, upper=1.0)
+"""The range of a mean on the unit interval."""
+
 REAL = Range("finite")
+"""The range of a location."""
 
 
 class ClosedFormPrior(td.Distribution):
@@ -223,6 +239,11 @@ class ClosedFormPrior(td.Distribution):
             for name, value in self._given.items()
         )
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def are_numbers(parameters: Sequence[Tensor]) -> bool:
+    """Whether parameters are one pair that can be read at once: tensors of one value on the CPU."""
+    return all(p.ndim == 0 and p.device.type == "cpu" for p in parameters)
 
 
 class _LogTails(torch.autograd.Function):

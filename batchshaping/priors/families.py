@@ -7,6 +7,7 @@ learned.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,14 @@ from batchshaping.cdfs.betaincinv import betaincinv
 from batchshaping.cdfs.normal import NormalCDF, normal_cdf
 from batchshaping.cdfs.prepared import PreparedCDF, nearest_inside
 from batchshaping.cdfs.relaxed_bernoulli import RelaxedBernoulliCDF, sigmoid_with_tails
-from batchshaping.priors.closed_form import CONCENTRATION, POSITIVE, REAL, UNIT, ClosedFormPrior
+from batchshaping.priors.closed_form import (
+    CONCENTRATION,
+    POSITIVE,
+    REAL,
+    UNIT,
+    ClosedFormPrior,
+    are_numbers,
+)
 
 __all__ = ["Beta", "Normal", "RelaxedBernoulli", "SymBeta"]
 
@@ -30,6 +38,27 @@ def _rounded(dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
     """Parameters in the dtype of the values, or in single precision where theirs is lower."""
     dtype = torch.promote_types(dtype, torch.float32)
     return tuple(p.to(dtype) for p in parameters)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_numbers(
+    cdf: type[NormalCDF | RelaxedBernoulliCDF], dtype: torch.dtype, *numbers: float
+) -> PreparedCDF:
+    """A CDF of numbers, made once for all calls, whatever the default device and the modes of the first."""
+    with torch.inference_mode(False):
+        return cdf(*(torch.tensor(number, dtype=dtype, device="cpu") for number in numbers))
+
+
+def _prepared(
+    cdf: type[NormalCDF | RelaxedBernoulliCDF],
+    parameters: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    gradients: bool,
+) -> PreparedCDF:
+    if not gradients and are_numbers(parameters):
+        return _of_numbers(cdf, torch.promote_types(dtype, torch.float32), *map(float, parameters))
+    first, second = _rounded(dtype, *parameters)
+    return cdf(first, second, gradients=gradients)
 
 
 class Beta(ClosedFormPrior, td.Beta):
@@ -78,7 +107,7 @@ class Beta(ClosedFormPrior, td.Beta):
         parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
     ) -> PreparedCDF:
         a, b = parameters
-        if not gradients and all(p.ndim == 0 and p.device.type == "cpu" for p in parameters):
+        if not gradients and are_numbers(parameters):
             return fixed_beta_cdf(float(a), float(b), dtype, tails=tails)
         return BetaCDF(a, b, dtype, gradients=gradients, tails=tails)
 
@@ -188,8 +217,7 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
     def prepare(
         parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
     ) -> PreparedCDF:
-        mean, temperature = _rounded(dtype, *parameters)
-        return RelaxedBernoulliCDF(mean, temperature, gradients=gradients)
+        return _prepared(RelaxedBernoulliCDF, parameters, dtype, gradients)
 
     def cdf(self, value: Tensor) -> Tensor:
         mean, temperature = _rounded(value.dtype, *self.parameters)
@@ -250,8 +278,7 @@ class Normal(ClosedFormPrior, td.Normal):
     def prepare(
         parameters: tuple[Tensor, ...], dtype: torch.dtype, *, gradients: bool = False, tails: bool = False
     ) -> PreparedCDF:
-        loc, scale = _rounded(dtype, *parameters)
-        return NormalCDF(loc, scale, gradients=gradients)
+        return _prepared(NormalCDF, parameters, dtype, gradients)
 
     def cdf(self, value: Tensor) -> Tensor:
         loc, scale = _rounded(value.dtype, *self.parameters)

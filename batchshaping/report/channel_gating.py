@@ -13,7 +13,7 @@ from batchshaping.report.family import Curve, View
 from batchshaping.report.texts import plotly_text
 from batchshaping.training.config import SMALL_IMAGE_NETWORKS, RunConfig
 
-__all__ = ["ChannelGating", "prior_masses"]
+__all__ = ["ChannelGating", "KINDS", "prior_masses"]
 
 
 class ChannelGating:
@@ -37,6 +37,7 @@ class ChannelGating:
         "budget": lambda share: f"budget {100 * share:.12g}%",
         "network": str,
         "width": lambda channels: f"width {channels}",
+        "gates_per_layer": lambda gates: f"{gates} gates a layer" if gates else "a gate a channel",
         "prior": lambda prior: "prior Beta({:.12g}, {:.12g})".format(*prior),
         "penalized": lambda what: f"{what.replace('-', ' ')} penalized",
     }
@@ -64,8 +65,8 @@ class ChannelGating:
 
 
 _OF_GATES = {
-    *("budget", "gate_bias", "gate_learning_rate", "hidden", "noise_end", "penalized", "penalty"),
-    *("penalty_begin", "penalty_end", "prior", "shaping", "shaping_end"),
+    *("budget", "gate_bias", "gate_learning_rate", "gates_per_layer", "hidden", "noise_end", "penalized"),
+    *("penalty", "penalty_begin", "penalty_end", "prior", "shaping", "shaping_end"),
 }
 """Settings that have no effect on a network without gates."""
 
@@ -164,3 +165,7 @@ def _least_median_most(quantiles: Sequence[float]) -> tuple[float, float, float]
 def _image(image: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: str(image[name]) for name in ("label", "predicted", "png")}
     return {**shown, "multiply_adds": number(image["multiply_adds"])}
+
+
+KINDS = tuple(curve.name for curve in ChannelGating.curves)
+"""What a run can be, in the order of the legend."""

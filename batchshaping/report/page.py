@@ -16,14 +16,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from batchshaping.report.channel_gating import prior_masses  # importable from here in version 0.1
+from batchshaping.report.channel_gating import KINDS, prior_masses
 from batchshaping.report.headline import headline
 from batchshaping.report.runs import Run, read_run
 from batchshaping.report.settings import Comparison, Setting, Spread, comparisons, differing
 from batchshaping.report.texts import deviation_si, number, percent, plotly_text, points, setting_text, si
 from batchshaping.storage.files import replaced
 
-__all__ = ["prior_masses", "report_html", "write_report"]
+# The first two could be imported from here before there was a file for each family.
+__all__ = ["KINDS", "prior_masses", "report_html", "write_report"]
 
 
 def write_report(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:

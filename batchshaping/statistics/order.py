@@ -15,10 +15,15 @@ __all__ = ["OrderStatistics", "order_statistics", "ranks"]
 
 
 class OrderStatistics(NamedTuple):
-    """Sorted values of shape (..., N) and, for each, its index before sorting; NaN comes last."""
+    """Sorted values of shape (..., N) and, for each, its index before sorting; NaN comes last.
+
+    Attributes:
+        complete: whether it is known that no value is NaN.
+    """
 
     values: Tensor
     indices: Tensor
+    complete: bool = False
 
     def unsort(self, sorted_values: Tensor) -> Tensor:
         """Bring something computed at the order statistics back to where the values came from."""
@@ -47,18 +52,17 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     """
     if x.shape[-1] > _INDEX_BITS:
         return None
-    x = x.contiguous()
-    least, greatest = (float(v) for v in torch.aminmax(x))
+    keys = torch.empty(x.shape, dtype=torch.float64, device="cpu").copy_(x)
+    least, greatest = map(float, torch.aminmax(keys))
     if math.isnan(least):
         return None
-    keys = x.double()
     if not 0.0 < least <= greatest < math.inf:
         # An infinity has no free bits, but a number that rounds to it has. A zero with an index in its bits
         # would be subnormal, which a processor that flushes subnormal numbers to zero takes for 0; a normal
         # number that rounds to 0 stands for it. What is not 0 stays the same.
         keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(_ROUNDS_TO_ZERO)
     bits = keys.view(torch.int64)
-    bits |= torch.arange(x.shape[-1], device=x.device)
+    bits.bitwise_or_(_places(x.shape[-1]))
     # The more is added to a negative number the less it is: there the index is counted backwards.
     negative = least < 0
     if negative:
@@ -67,7 +71,12 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     values = keys.float()
     if negative:
         bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
-    return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS))
+    return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS), complete=True)
+
+
+def _places(n: int) -> Tensor:
+    """The numbers below n."""
+    return _FIRST_PLACES[:n] if n <= len(_FIRST_PLACES) else torch.arange(n, device="cpu")
 
 
 def _sort_float64(x: Tensor) -> OrderStatistics | None:
@@ -76,11 +85,13 @@ def _sort_float64(x: Tensor) -> OrderStatistics | None:
     values = x.gather(-1, indices)
     if bool((values[..., 1:] == values[..., :-1]).any()) or bool(values[..., -1].isnan().any()):
         return None
-    return OrderStatistics(values, indices)
+    return OrderStatistics(values, indices, complete=True)
 
 
 # A float32 leaves 29 bits of a float64 free; half of what they count is rounded off.
 _INDEX_BITS = 2**28 - 1
+# To fill a small tensor takes longer than to slice one.
+_FIRST_PLACES = torch.arange(2**12, device="cpu")
 _ROUNDS_TO_INFINITY = 2.0**1000
 _ROUNDS_TO_ZERO = 2.0**-1000
 _CPU_SORTS = {torch.float32: _sort_float32, torch.float64: _sort_float64}

@@ -56,7 +56,7 @@ class Samples:
         values: the same values, each array padded to length N by repeating its first sample.
         contributes: which of the sorted values contribute a term; None if all do.
         number: number of terms of each array.
-        broken: which arrays have a NaN, of shape (...).
+        broken: which arrays have a NaN, of shape (...); None if it is known that none has.
     """
 
     def __init__(self, batch: Batch, ties: bool) -> None:
@@ -64,7 +64,7 @@ class Samples:
         self.values = values = self.order.values
         n = values.shape[-1]
         # A NaN is sorted last, behind the infinite values of the padding too.
-        self.broken = values[..., -1].isnan()
+        self.broken = None if self.order.complete else values[..., -1].isnan()
         self.contributes: Tensor | None = None
         self.number: Tensor | int = n
         self._column: Tensor | int = n
@@ -85,12 +85,11 @@ class Samples:
         Those of the padding are valid numbers, whose terms are left out.
         """
         if self._shared is not None:
-            order = self._shared[..., tile]
-        else:
-            start, stop, _ = tile.indices(self.values.shape[-1])
-            order = torch.arange(start + 1, stop + 1, dtype=self.values.dtype, device=self.values.device)
+            return self._shared[..., tile].clamp_max(self._column) / (self._column + 1)
+        start, stop, _ = tile.indices(self.values.shape[-1])
+        order = torch.arange(start + 1, stop + 1, dtype=self.values.dtype, device=self.values.device)
         if isinstance(self._column, int):
-            return order / (self._column + 1)
+            return order.div_(self._column + 1)
         return order.clamp_max(self._column) / (self._column + 1)
 
     def tiles(self) -> Iterator[slice]:

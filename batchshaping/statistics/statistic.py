@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -75,9 +74,12 @@ class Statistic(Discrepancy):
         """
         with torch.no_grad():
             samples = Samples(batch, options.ties)
-        # A product, so that the gradients of an array with a NaN are NaN too.
-        poison = torch.where(samples.broken, torch.nan, 1.0).to(batch.values.dtype)
-        values = (batch.values * poison.unsqueeze(-1)).gather(-1, samples.order.indices)
+        values = batch.values
+        if samples.broken is not None:
+            # A product, so that the gradients of an array with a NaN are NaN too.
+            poison = torch.where(samples.broken, torch.nan, 1.0).to(values.dtype)
+            values = values * poison.unsqueeze(-1)
+        values = values.gather(-1, samples.order.indices)
         if samples.contributes is not None:
             values = torch.where(samples.contributes, values, samples.values)
         values = torch.sigmoid(values) if options.logits else values
@@ -158,7 +160,7 @@ class ClosedForm(Discrepancy):
         Returns:
             The discrepancies, of shape (...); the gradient in the values, of shape (..., N), or empty if not
             needed; the factor that all gradients of an array have yet to be multiplied by, of shape (...);
-            and the gradient in each parameter, of shape (...), or empty if not needed.
+            and, if needed, the gradient in each parameter, of shape (...).
         """
 
 
@@ -204,19 +206,21 @@ class ClosedFormStatistic(ClosedForm, Statistic):
         by_array = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
         terms_of = self.closed_form(prior, by_array, samples, options.logits, needs.parameters)
         gradient = x.new_empty(x.shape if needs.values else 0)
-        sums = []
+        sums: list[Tensor] = []
         for tile in samples.tiles():
             terms = terms_of(tile)
             if samples.contributes is not None:
                 terms = _masked(samples.contributes[..., tile], terms)
-            sums.append([t.sum(dim=-1) for t in (terms.value, *terms.parameter_derivatives)])
+            found = [t.sum(dim=-1) for t in (terms.value, *terms.parameter_derivatives)]
+            sums = [total.add_(part) for total, part in zip(sums, found, strict=True)] if sums else found
             if needs.values:
                 gradient.scatter_(-1, samples.order.indices[..., tile], terms.derivative)
-        total, *in_parameters = (functools.reduce(Tensor.add_, parts) for parts in zip(*sums, strict=True))
-        if not needs.parameters:
-            in_parameters = [x.new_empty(0) for _ in parameters]
-        loss = total.div_(samples.number).masked_fill_(samples.broken, torch.nan)
-        factor = torch.full_like(loss, 2.0).div_(samples.number).masked_fill_(samples.broken, torch.nan)
+        loss, *in_parameters = sums
+        loss.div_(samples.number)
+        number = samples.number
+        factor = torch.full_like(loss, 2 / number) if isinstance(number, int) else 2 / number.expand_as(loss)
+        if samples.broken is not None:
+            loss, factor = (t.masked_fill_(samples.broken, torch.nan) for t in (loss, factor))
         return [loss, gradient, factor, *in_parameters]
 
 

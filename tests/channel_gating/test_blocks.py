@@ -212,6 +212,52 @@ def test_hidden_width_and_bias_are_those_of_the_gates(block: nn.Module) -> None:
     assert all((d == 1).all() for d in gate_decisions(network))
 
 
+# A gate for several channels
+
+
+@pytest.mark.parametrize("gates_per_layer", [1, 3, 8, 100])
+def test_a_gate_switches_its_share_of_a_layer_and_at_least_16_channels(gates_per_layer: int) -> None:
+    network = gate_resnet(SmallImageResNet(8, width=20), gates_per_layer=gates_per_layer).eval()
+    network(torch.randn(2, 3, 8, 8))
+    for decisions, block in zip(gate_decisions(network), gated_blocks(network), strict=True):
+        sizes = block.gate1.sizes or (1,) * block.conv1.out_channels
+        assert decisions.shape == (2, len(sizes))
+        assert sum(sizes) == block.conv1.out_channels and max(sizes) - min(sizes) <= 1
+        if len(sizes) != gates_per_layer:
+            assert len(sizes) < gates_per_layer
+            assert min(sizes) >= 16 > sum(sizes) / (len(sizes) + 1), "one gate more would switch too few"
+
+
+@pytest.mark.parametrize(("asked", "numbers"), [(2, (2, 2)), ((4, 2), (4, 2)), ((None, 2), (64, 2))])
+def test_layers_of_a_bottleneck_can_have_other_numbers_of_gates(asked: Any, numbers: tuple[int, int]) -> None:
+    network = gate_resnet(Bottleneck(32, 64, downsample=nn.Conv2d(32, 256, 1)), gates_per_layer=asked).eval()
+    network(torch.randn(2, 32, 6, 6))
+    assert [d.shape[1] for d in gate_decisions(network)] == [*numbers]
+    with gates_forced(network, 1.0):
+        assert network(torch.randn(2, 32, 6, 6)).shape == (2, 256, 6, 6)
+
+
+@pytest.mark.parametrize("asked", [0, 1.5, (8, 4), (8,), "8"])
+def test_numbers_of_gates_that_are_none_are_refused_and_nothing_is_gated(asked: Any) -> None:
+    network = SmallImageResNet(8, width=4)
+    if asked == (8,):
+        network = nn.Sequential(Bottleneck(16, 4))
+    with pytest.raises(ValueError, match=r"^gates_per_layer must be [^\n]*$"):
+        gate_resnet(network, gates_per_layer=asked)
+    assert not any(gated_blocks(network))
+
+
+@pytest.mark.parametrize("make", [SmallImageResNet, torchvision.models.resnet50])
+def test_without_a_number_there_is_a_gate_a_channel_as_before(make: Callable[..., nn.Module]) -> None:
+    networks = []
+    for settings in ({}, {"gates_per_layer": None}):
+        torch.manual_seed(0)
+        networks.append(gate_resnet(make(20) if make is SmallImageResNet else make(), **settings))
+    assert all(gate.sizes is None for gate in named_gates(networks[0]).values())
+    one, other = (network.state_dict() for network in networks)
+    assert list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
 # What gates do
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +98,38 @@ def test_a_width_that_is_none_is_refused_in_one_line(name: str, value: object) -
 def test_a_bias_that_is_not_finite_is_refused_in_one_line(bias: float) -> None:
     with pytest.raises(ValueError, match=f"^bias must be finite, received {bias}$"):
         ChannelGate(3, 4, bias=bias)
+
+
+# A gate for several channels
+
+
+@given(channels=st.integers(1, 40), gates=st.integers(1, 40), seed=seeds)
+def test_neighbouring_channels_share_a_gate_as_evenly_as_can_be(channels: int, gates: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    gates = min(gates, channels)
+    gate, x = ChannelGate(3, channels, gates=gates).eval(), images(4)
+    mask, decisions = gate(x), gate.decisions
+    assert mask.shape == (4, channels, 1, 1) and decisions.shape == (4, gates)
+    assert gate.probabilities.shape == (4, gates)
+    parts = np.array_split(np.arange(channels), gates)
+    for part, decision in zip(parts, decisions.unbind(dim=1), strict=True):
+        assert torch.equal(mask[:, part, 0, 0], decision[:, None].expand(-1, len(part)))
+    assert gate.sizes == (None if gates == channels else tuple(len(part) for part in parts))
+
+
+def test_the_gradient_of_a_gate_is_the_sum_of_those_of_its_channels() -> None:
+    gate, x, weight = ChannelGate(3, 7, gates=3), images(), torch.randn(7)
+    other = copy.deepcopy(gate)
+    torch.manual_seed(1)
+    (gate(x).flatten(1) * weight).sum().backward()
+    torch.manual_seed(1)
+    decisions = other.decide(other.to_logits(x.mean(dim=(2, 3))))
+    (decisions * torch.stack([weight[:3].sum(), weight[3:5].sum(), weight[5:].sum()])).sum().backward()
+    for p, expected in zip(gate.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad)
+
+
+@pytest.mark.parametrize("gates", [0, -1, 2.5, True, 8])
+def test_a_number_of_gates_that_is_none_is_refused_in_one_line(gates: object) -> None:
+    with pytest.raises(ValueError, match=rf"^gates must be [^\n]*, received {gates}$"):
+        ChannelGate(3, 7, gates=gates)

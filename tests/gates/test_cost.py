@@ -55,6 +55,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: tiny(BasicBlock),
     "bottleneck": lambda: tiny(Bottleneck),
 }
+UNEVEN: dict[str, Callable[[], nn.Module]] = {
+    "basic, no multiples of 16": lambda: SmallImageResNet(8, 5, width=50)
+}
 GROUPED: dict[str, Callable[[], nn.Module]] = {
     "ResNeXt": lambda: tiny(Bottleneck, groups=4, width_per_group=8),
     "as many groups as channels": lambda: tiny(Bottleneck, groups=64, width_per_group=1),
@@ -64,10 +67,29 @@ GROUPED: dict[str, Callable[[], nn.Module]] = {
 # Slim networks
 
 
-def slim_convolution(layer: nn.Conv2d, inputs: Tensor | None, outputs: Tensor | None) -> nn.Conv2d:
+class Nothing(nn.Module):
+    """A convolution without an input channel or without an output channel, which torch does not compute."""
+
+    def __init__(self, layer: nn.Conv2d, channels: int) -> None:
+        super().__init__()
+        self.layer = [layer]
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layer,) = self.layer
+        settings = zip(
+            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in settings]
+        return x.new_zeros(len(x), self.channels, *size)
+
+
+def slim_convolution(layer: nn.Conv2d, inputs: Tensor | None, outputs: Tensor | None) -> nn.Module:
     weight = layer.weight.detach()
     weight = weight if outputs is None else weight[outputs]
     weight = weight if inputs is None else weight[:, inputs]
+    if weight.numel() == 0:
+        return Nothing(layer, len(weight))
     slim = nn.Conv2d(
         weight.shape[1], weight.shape[0], layer.kernel_size, layer.stride, layer.padding, bias=False
     )
@@ -75,7 +97,9 @@ def slim_convolution(layer: nn.Conv2d, inputs: Tensor | None, outputs: Tensor | 
     return slim
 
 
-def slim_normalization(layer: nn.BatchNorm2d, channels: Tensor) -> nn.BatchNorm2d:
+def slim_normalization(layer: nn.BatchNorm2d, channels: Tensor) -> nn.Module:
+    if len(channels) == 0:
+        return nn.Identity()
     slim = nn.BatchNorm2d(len(channels))
     slim.load_state_dict(
         {name: value[channels] if value.ndim else value for name, value in layer.state_dict().items()}
@@ -88,7 +112,10 @@ def residual_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def slim_network(ungated: nn.Module, decisions: list[Tensor]) -> nn.Module:
-    """A network with only the channels that are open for one example: a vector of decisions a gate module."""
+    """A network with only the channels that are open for one example.
+
+    Decisions are a vector for each gate module, with a value for each channel.
+    """
     slim = copy.deepcopy(ungated)
     kept = iter([layer.nonzero().flatten() for layer in decisions])
     for block in residual_blocks(slim):
@@ -123,15 +150,24 @@ def cost_of_gates(gated: nn.Module) -> int:
     )
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-@pytest.mark.parametrize("name", NETWORKS)
+def by_channel(gated: nn.Module, decisions: list[Tensor], n: int) -> list[Tensor]:
+    """What was decided for each channel of one example."""
+    values = []
+    for gate, layer in zip(named_gates(gated).values(), decisions, strict=True):
+        sizes = gate.sizes or [1] * layer.shape[1]
+        values.append(torch.cat([value.expand(size) for value, size in zip(layer[n], sizes, strict=True)]))
+    return values
+
+
+@pytest.mark.parametrize("gates_per_layer", [None, 2, 8])
+@pytest.mark.parametrize(("share", "seed"), [(0.3, 0), (0.5, 1), (0.9, 2)])
+@pytest.mark.parametrize("name", [*NETWORKS, *UNEVEN])
 def test_an_example_costs_what_the_network_of_its_open_channels_does(
-    name: str, share: float, seed: int
+    name: str, share: float, seed: int, gates_per_layer: int | None
 ) -> None:
     torch.manual_seed(seed)
-    ungated = NETWORKS[name]()
-    gated = bs.gate_resnet(copy.deepcopy(ungated), hidden=3).eval()
+    ungated = {**NETWORKS, **UNEVEN}[name]()
+    gated = bs.gate_resnet(copy.deepcopy(ungated), hidden=3, gates_per_layer=gates_per_layer).eval()
     x = torch.randn(3, 3, 32, 24)
     with gates_forced(gated, share, seed):
         found = count_macs(gated, x)
@@ -140,9 +176,10 @@ def test_an_example_costs_what_the_network_of_its_open_channels_does(
         outputs = gated(x)
     assert found.shape == (3,)
     for n in range(3):
-        slim = slim_network(ungated, [layer[n] for layer in decisions])
+        slim = slim_network(ungated, by_channel(gated, decisions, n))
         example = x[n : n + 1]
-        assert found[n].item() == multiply_adds(slim, example) + cost_of_gates(gated)
+        expected = multiply_adds(slim, example) + cost_of_gates(gated)
+        assert found[n].item() == pytest.approx(expected, rel=1e-6)
         with torch.no_grad():
             torch.testing.assert_close(slim(example)[0], outputs[n], rtol=1e-4, atol=1e-4)
 

@@ -45,6 +45,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "pretrained": st.booleans(),
     "gated": st.booleans(),
     "hidden": counts,
+    "gates_per_layer": st.none() | counts,
     "gate_bias": st.floats(allow_nan=False, allow_infinity=False),
     "data": st.sampled_from(DATASETS),
     "data_folder": st.none() | text.map(Path),

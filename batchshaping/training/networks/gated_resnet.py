@@ -46,6 +46,8 @@ class GatedResNet(Network):
     """Whether the network has gates."""
     hidden: Count = 16
     """Width of the hidden layer in each gate."""
+    gates_per_layer: Count | None = None
+    """Number of gates in a layer, each for as many channels, at least 16; none is a gate for each channel."""
     gate_bias: Annotated[float, Field(allow_inf_nan=False)] = 3.0
     """Added to the gates' initial logits. With 0, half of the channels start open; with 3, nearly all."""
 
@@ -76,7 +78,9 @@ class GatedResNet(Network):
             if self._is_small
             else self._torchvision(classes, channels)
         )
-        return gate_resnet(network, self.hidden, self.gate_bias) if self.gated else network
+        if not self.gated:
+            return network
+        return gate_resnet(network, self.hidden, self.gate_bias, self.gates_per_layer)
 
     def _for_small_images(self, classes: int, channels: int) -> nn.Module:
         return SmallImageResNet(
