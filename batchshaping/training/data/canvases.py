@@ -4,7 +4,7 @@ A canvas is a smooth background with fine noise, one digit of scikit-learn at a 
 The digit is woven into the texture: its ink a modulates a checkerboard of single pixels,
 
 .. math::
-    x = \text{background} + \text{noise} + 0.3 \, a \, (-1)^{\text{row} + \text{column}},
+    x = \text{background} + \text{noise} + 0.4 \, a \, (-1)^{\text{row} + \text{column}},
 
 and is the same over squares of 2 x 2 pixels, so that the mean of each square does not depend on it. At half
 the resolution the digit is gone. What distracts is of the same size and has more contrast than a digit: spots
@@ -30,13 +30,13 @@ __all__ = ["CANVASES", "CENTRED_CANVASES", "CanvasImages", "Canvases", "Part"]
 
 Part = Literal["train", "validation", "test"]
 
-_INK = 0.3
+_INK = 0.4
 """Contrast of full ink."""
-_NOISE = 0.1
+_NOISE = 0.08
 """Standard deviation of the noise of single pixels."""
-_SMOOTH = 0.1
+_SMOOTH = 0.06
 """Standard deviation of the background."""
-_DISTRACTION = 0.4
+_DISTRACTION = 0.45
 """Contrast of what distracts."""
 _GREY = 0.5
 """Mean of all pixels."""
@@ -230,7 +230,7 @@ def _digits() -> tuple[Tensor, Tensor, dict[Part, Tensor]]:
 
     loaded = load_digits()
     every = np.arange(len(loaded.target))
-    train, others = train_test_split(every, test_size=0.4, stratify=loaded.target, random_state=0)
+    train, others = train_test_split(every, test_size=0.3, stratify=loaded.target, random_state=0)
     validation, test = train_test_split(others, test_size=0.5, stratify=loaded.target[others], random_state=0)
     parts: dict[Part, Tensor] = {
         "train": torch.from_numpy(train),
