@@ -37,7 +37,9 @@ _NOISE = 0.08
 _SMOOTH = 0.06
 """Standard deviation of the background."""
 _DISTRACTION = 0.45
-"""Contrast of what distracts."""
+"""Contrast of what distracts: noise is uniform between its negative and itself, and has the most entropy."""
+_NOISY = 2 / 3
+"""Share of noise among what distracts; the others are stripes."""
 _GREY = 0.5
 """Mean of all pixels."""
 _CHUNK = 500
@@ -179,9 +181,9 @@ class Canvases:
         stripes = (1.0 - 2 * (side % 2)).expand(self.digit, -1)
         for place in places[1:]:
             across = torch.from_numpy(generator.random((n, 1, 1)) < 0.5)
-            is_noise = torch.from_numpy(generator.random((n, 1, 1)) < 0.5)
-            fine = torch.where(across, stripes, stripes.T)
-            spots = torch.where(is_noise, _normal(generator, n, self.digit, self.digit), fine)
+            is_noise = torch.from_numpy(generator.random((n, 1, 1)) < _NOISY)
+            noise = 2 * torch.from_numpy(generator.random((n, self.digit, self.digit), np.float32)) - 1
+            spots = torch.where(is_noise, noise, torch.where(across, stripes, stripes.T))
             self._add(canvas, place, _DISTRACTION * spot * spots)
         images = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
         return images.unsqueeze(1), places[0] * self.grid
