@@ -110,9 +110,9 @@ class Samples:
 def _keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next request, from the first large batch of a process on.
 
-    It does so for blocks up to the size of the largest one that it has seen freed, at most 32 MiB. Smaller
-    limits let it return the intermediate results to the system after each step, and the page faults of getting
-    them back take up to a third of the time. So let it see one such block freed, which nobody wrote to and
-    which therefore takes no memory.
+    It does so for blocks up to the size of the largest one that it has seen freed, at most 32 MiB. With a
+    smaller limit it returns the intermediate results to the system after each step, and the page faults of
+    getting them back take up to a third of the time. So let it see one such block freed, which nobody wrote
+    to and which therefore takes no memory.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
