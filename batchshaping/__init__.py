@@ -31,6 +31,7 @@ from batchshaping.gates import (
     l0_penalty,
     straight_through_decisions,
 )
+from batchshaping.gates.inference import conditional_inference
 from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
 from batchshaping.losses.modules import BatchShapingLoss
@@ -53,6 +54,7 @@ __all__ = [
     "betainc",
     "betaincinv",
     "binary_concrete",
+    "conditional_inference",
     "count_macs",
     "gate_decisions",
     "gate_probabilities",
