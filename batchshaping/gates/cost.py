@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -40,7 +41,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batchshaping.gates.channel import to_channels
 from batchshaping.gates.gate import ForwardPasses, Gate, gate_decisions, named_gates
 
-__all__ = ["Constant", "ConvolutionTerm", "GateRun", "MultiplyAdds", "Run", "Switched", "Term", "count_macs"]
+__all__ = [
+    "Constant",
+    "ConvolutionTerm",
+    "GateRun",
+    "MultiplyAdds",
+    "Run",
+    "Switched",
+    "Term",
+    "convolution_terms",
+    "count_macs",
+    "is_measuring",
+]
 
 
 # What the cost is made of
@@ -73,8 +85,8 @@ class Term(Protocol):
 class Switched(Protocol):
     """A module whose gates change what has to be computed within it.
 
-    It is the one that knows what takes the place of its layers when only the open part is computed. So a
-    method that builds the module for that, for inference alone, belongs to this protocol too.
+    It is the one that knows what takes the place of its layers when only the open part is computed: see
+    :class:`~batchshaping.gates.inference.Conditional`.
     """
 
     def cost_terms(self, run: Run) -> Iterable[Term]:
@@ -147,6 +159,22 @@ class ConvolutionTerm:
             for run in self.gates
         ]
         return self.macs * math.prod(shares[1:], start=shares[0]).mean(dim=1)
+
+
+def convolution_terms(
+    run: Run, convolutions: Mapping[str, tuple[str | None, str | None]]
+) -> Iterator[ConvolutionTerm]:
+    """The terms of the convolutions in a module.
+
+    Args:
+        run: the run of the module.
+        convolutions: their names in the module, each with the names of the gates of its input and of its
+            output, or None where all channels are computed.
+    """
+    for convolution, gates in convolutions.items():
+        layer = run.of(convolution)
+        switching = tuple(run.gate(gate) for gate in gates if gate is not None)
+        yield ConvolutionTerm(layer.name, layer.macs, getattr(layer.module, "groups", 1), switching)
 
 
 # What is measured
@@ -384,6 +412,14 @@ def count_macs(model: nn.Module, x: Tensor) -> Tensor:
     return cost.per_example(decisions) if decisions else cost.per_example([]).to(x.device).expand(len(x))
 
 
+_measuring: ContextVar[bool] = ContextVar("_measuring", default=False)
+
+
+def is_measuring() -> bool:
+    """Whether multiply-adds are being counted: then all channels must be computed, whatever the gates do."""
+    return _measuring.get()
+
+
 class _Recorder(TorchDispatchMode):
     """Runs a model once and records what each run of each module multiplies and adds."""
 
@@ -401,6 +437,7 @@ class _Recorder(TorchDispatchMode):
         training = [module for module in self.model.modules() if module.training]
         passes = ForwardPasses(self.model)
         handles = []
+        measuring = _measuring.set(True)
         try:
             for module in self.model.modules():
                 handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
@@ -412,6 +449,7 @@ class _Recorder(TorchDispatchMode):
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), _unfused(), self:
                 self.model(self.x)
         finally:
+            _measuring.reset(measuring)
             passes.end()
             for module in training:
                 module.training = True
