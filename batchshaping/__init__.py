@@ -29,6 +29,7 @@ from batchshaping.gates.gate import (
     gate_probabilities,
     straight_through_decisions,
 )
+from batchshaping.gates.inference import conditional_inference
 from batchshaping.gates.summary import gate_statistics, l0_penalty
 from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
@@ -54,6 +55,7 @@ __all__ = [
     "betainc",
     "betaincinv",
     "binary_concrete",
+    "conditional_inference",
     "count_macs",
     "gate_decisions",
     "gate_probabilities",

@@ -12,6 +12,7 @@ several neighbouring ones. A bottleneck has two inner convolutions and gates for
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, TypeAlias, TypeVar
@@ -19,9 +20,12 @@ from typing import ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from batchshaping.channel_gating.inference import ConditionalBlock, Step
 from batchshaping.gates.channel import ChannelGate
-from batchshaping.gates.cost import ConvolutionTerm, Run
+from batchshaping.gates.cost import ConvolutionTerm, Run, convolution_terms
 from batchshaping.gates.gate import keep_every_run, whole_number
+from batchshaping.gates.inference import fold_and_pack
+from batchshaping.gates.packed import can_be_folded, can_be_packed
 
 __all__ = [
     "GATED_BLOCKS",
@@ -67,6 +71,15 @@ class GatedBlock(nn.Module):
     inner: ClassVar[Mapping[str, str]] = {}
     """Names of layers other than activations between an inner convolution and the next, with that of the gate
     of their channels. They must treat each channel alone, since closed channels are left out."""
+
+    after: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Names of the layers that follow each convolution, up to the gates of its output or to the shortcut."""
+
+    last: ClassVar[str]
+    """Name of the activation after the shortcut is added."""
+
+    before_last: ClassVar[str | None] = None
+    """Name of a layer between the last gates and the last convolution."""
 
     optional: ClassVar[tuple[str, ...]] = ("downsample",)
     """Names of layers that a block may have or not."""
@@ -150,14 +163,38 @@ class GatedBlock(nn.Module):
 
     def cost_terms(self, run: Run) -> Iterator[ConvolutionTerm]:
         """The convolutions, each with the gates of its input and of its output."""
-        for convolution, gates in self.convolutions.items():
-            layer = run.of(convolution)
-            switching = tuple(run.gate(gate) for gate in gates if gate is not None)
-            yield ConvolutionTerm(layer.name, layer.macs, getattr(layer.module, "groups", 1), switching)
+        yield from convolution_terms(run, self.convolutions)
         for name, gate in self.inner.items():
             layer = run.of(name)
             if layer.macs > 0:
                 yield ConvolutionTerm(layer.name, layer.macs, 1, (run.gate(gate),))
+
+    def inference_twin(self) -> nn.Module:
+        """The block that takes its place in inference; the block itself if its layers cannot be cut."""
+        if not isinstance(getattr(self, self.before_last or "", None), nn.Identity | None):
+            return self
+        steps = []
+        for name, (_, gate) in self.convolutions.items():
+            convolution: nn.Conv2d = getattr(self, name)
+            layers = [
+                layer for layer in (getattr(self, after) for after in self.after[name]) if layer is not None
+            ]
+            norm = layers.pop(0) if layers and can_be_folded(layers[0]) else None
+            layers = [layer for layer in layers if not _is_identity_in_evaluation(layer)]
+            if not can_be_packed(convolution) or (gate and not all(map(_is_elementwise, layers))):
+                return self
+            activation = layers[0] if len(layers) == 1 else nn.Sequential(*layers) if layers else None
+            steps.append(
+                Step(name, convolution, norm, activation, (gate, getattr(self, gate)) if gate else None)
+            )
+        *inner, last = steps
+        downsample, end = (
+            layer if layer is None else fold_and_pack(copy.deepcopy(layer).eval())
+            for layer in (self.downsample, last.activation)
+        )
+        return ConditionalBlock(
+            [*inner, last._replace(activation=None)], downsample, end, getattr(self, self.last)
+        )
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The block's input, in the shape of its output."""
@@ -183,6 +220,8 @@ class GatedBasicBlock(GatedBlock):
 
     ungated = "torchvision.models.resnet.BasicBlock"
     convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", None)}
+    after = {"conv1": ("bn1", "relu"), "conv2": ("bn2",)}
+    last = "relu"
 
     relu: nn.Module
 
@@ -211,6 +250,8 @@ class GatedBottleneck(GatedBlock):
 
     ungated = "torchvision.models.resnet.Bottleneck"
     convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", "gate2"), "conv3": ("gate2", None)}
+    after = {"conv1": ("bn1", "relu"), "conv2": ("bn2", "relu"), "conv3": ("bn3",)}
+    last = "relu"
 
     relu: nn.Module
     conv3: nn.Conv2d
@@ -263,6 +304,9 @@ class GatedTimmBasicBlock(_GatedTimmBlock):
     ungated = "timm.models.resnet.BasicBlock"
     convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", None)}
     inner = {"bn1": "gate1", "drop_block": "gate1", "aa": "gate1"}
+    after = {"conv1": ("bn1", "drop_block", "act1"), "conv2": ("bn2", "se", "drop_path")}
+    before_last = "aa"
+    last = "act2"
 
     def zero_init_last(self) -> None:
         """Let the block start as its shortcut, as ``timm.models.resnet.ResNet.init_weights`` asks for."""
@@ -295,6 +339,13 @@ class GatedTimmBottleneck(_GatedTimmBlock):
     ungated = "timm.models.resnet.Bottleneck"
     convolutions = {"conv1": (None, "gate1"), "conv2": ("gate1", "gate2"), "conv3": ("gate2", None)}
     inner = {"bn1": "gate1", "bn2": "gate2", "drop_block": "gate2", "aa": "gate2"}
+    after = {
+        "conv1": ("bn1", "act1"),
+        "conv2": ("bn2", "drop_block", "act2"),
+        "conv3": ("bn3", "se", "drop_path"),
+    }
+    before_last = "aa"
+    last = "act3"
 
     conv3: nn.Conv2d
     bn3: nn.Module
@@ -427,6 +478,17 @@ def _treats_channels_alone(layer: nn.Module) -> bool:
     return isinstance(layer, _OF_EACH_CHANNEL) or type(layer).__name__ in _OF_EACH_CHANNEL_BY_NAME
 
 
+def _is_identity_in_evaluation(layer: nn.Module) -> bool:
+    """Whether a layer gives what it gets in evaluation."""
+    return type(layer) is nn.Identity or type(layer).__name__ in ("DropBlock2d", "DropPath")
+
+
+def _is_elementwise(layer: nn.Module) -> bool:
+    """Whether a layer is an activation, one that does not depend on which channel it is."""
+    return next(layer.parameters(), None) is None and type(layer).__module__ in _ACTIVATIONS
+
+
+_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
 _OF_EACH_CHANNEL = (
     nn.Identity,
     nn.AvgPool2d,

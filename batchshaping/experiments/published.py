@@ -87,7 +87,7 @@ class PublishedGeneralizedLoss(GeneralizedBatchShapingLoss):
     def __init__(self, arrays: int) -> None:
         super().__init__(arrays, Beta(3, 7), dim=1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The total loss of x, of shape (T, N)."""
         if mask is not None:
             raise ValueError("mask must be None: the published loss has none")

@@ -142,7 +142,7 @@ def to_channels(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
     if sizes is None:
         return values
     larger, smaller = sizes[0], sizes[-1]
-    number = sum(size == larger for size in sizes)
+    number = sizes.count(larger)
     if number == len(sizes):
         return values.unsqueeze(2).expand(-1, -1, larger).flatten(1)
     parts = [(values[:, :number], larger), (values[:, number:], smaller)]

@@ -49,6 +49,7 @@ __all__ = [
     "Run",
     "Switched",
     "Term",
+    "convolution_terms",
     "count_macs",
     "is_measuring",
 ]
@@ -84,8 +85,8 @@ class Term(Protocol):
 class Switched(Protocol):
     """A module whose gates change what has to be computed within it.
 
-    It is the one that knows what takes the place of its layers when only the open part is computed. So a
-    method that builds the module for that, for inference alone, belongs to this protocol too.
+    It is the one that knows what takes the place of its layers when only the open part is computed: see
+    :class:`~batchshaping.gates.inference.Conditional`.
     """
 
     def cost_terms(self, run: Run) -> Iterable[Term]:
@@ -160,6 +161,22 @@ class ConvolutionTerm:
             for run in self.gates
         ]
         return self.macs * math.prod(shares[1:], start=shares[0]).mean(dim=1)
+
+
+def convolution_terms(
+    run: Run, convolutions: Mapping[str, tuple[str | None, str | None]]
+) -> Iterator[ConvolutionTerm]:
+    """The terms of the convolutions in a module.
+
+    Args:
+        run: the run of the module.
+        convolutions: their names in the module, each with the names of the gates of its input and of its
+            output, or None where all channels are computed.
+    """
+    for convolution, gates in convolutions.items():
+        layer = run.of(convolution)
+        switching = tuple(run.gate(gate) for gate in gates if gate is not None)
+        yield ConvolutionTerm(layer.name, layer.macs, getattr(layer.module, "groups", 1), switching)
 
 
 # What is measured
@@ -404,7 +421,7 @@ _measuring: ContextVar[bool] = ContextVar("_measuring", default=False)
 
 
 def is_measuring() -> bool:
-    """Whether multiply-adds are being counted: then all layers must run, whatever the gates do."""
+    """Whether multiply-adds are being counted: then all channels must be computed, whatever the gates do."""
     return _measuring.get()
 
 

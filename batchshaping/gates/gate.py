@@ -154,15 +154,16 @@ class Gate(nn.Module):
         """
         if logits.ndim == 0:
             raise ValueError("logits must have shape (N, ...), received a single number")
-        if self._forced:
-            decisions = self._forced[-1](logits)
-        else:
-            decisions = binary_concrete(logits, self.temperature, self.training, self.noise)
+        decisions = self._forced[-1](logits) if self._forced else self._decided(logits)
         # An exported program has no state, and the tensors that it is made with have no values.
         if not _is_exporting() and not is_recomputing():
             earlier = () if self._pass is None else self._runs
             self._runs = (*earlier, (logits, decisions))
         return decisions
+
+    def _decided(self, logits: Tensor) -> Tensor:
+        """What the logits decide."""
+        return binary_concrete(logits, self.temperature, self.training, self.noise)
 
     @property
     def probabilities(self) -> Tensor:
@@ -311,7 +312,13 @@ class ForwardPasses:
         model: a module that holds :class:`Gate` s.
     """
 
+    gates: list[Gate]
+
     def __init__(self, model: nn.Module) -> None:
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Tell the gates that a model has now."""
         self.gates = [module for module in model.modules() if isinstance(module, Gate)]
 
     def begin(self, *inputs: Any) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from batchshaping.losses.arguments import chosen_statistic
-from batchshaping.losses.dims import canonical_dims
+from batchshaping.losses.arguments import chosen_statistic, tensors_of
 from batchshaping.losses.distributed import Group
-from batchshaping.losses.functional import batch_shaping
+from batchshaping.losses.functional import Settings, shaping_loss
+from batchshaping.losses.layers import Layers
 from batchshaping.losses.modules import BatchShapingLoss
-from batchshaping.priors.checks import check_values
 from batchshaping.priors.families import Beta, RelaxedBernoulli
 from batchshaping.statistics.statistic import Discrepancy
 
@@ -31,11 +31,15 @@ class GeneralizedBatchShapingLoss(nn.Module):
     sigmoid of a parameter of this module. The means as a set are shaped to the hyperprior, so that arrays may
     differ while their average is set; the temperatures are kept low by an L1 penalty.
 
+    A list of tensors is taken as by :func:`batch_shaping`: the first term is the sum of those of the tensors,
+    and the hyperprior is that of all means together.
+
     After a forward pass ``prior_loss``, ``hyperprior_loss`` and ``temperature_penalty`` hold its three terms,
     weights included, detached for logging.
 
     Args:
-        shape: shape of the arrays, what is left of x without ``dim``; an int is one dimension.
+        shape: shape of the arrays, what is left of x without ``dim``; an int is one dimension. For a list of
+            tensors, the number of arrays of all of them.
         hyperprior: prior of the means on (0, 1); Beta(3, 7) asks for a density of 0.3.
         dim: the dimension or dimensions of x that hold the samples.
         hyperprior_weight: weight :math:`w_h` of the hyperprior loss.
@@ -117,25 +121,24 @@ class GeneralizedBatchShapingLoss(nn.Module):
         hyperprior: Distribution = self.mean_shaping.prior
         return hyperprior
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """The total loss of x, over the values where the mask is True."""
-        check_values(x)
-        left = tuple(s for d, s in enumerate(x.shape) if d not in canonical_dims(self.dim, x.ndim))
-        if left != tuple(self.mean_logits.shape):
+        tensors = tensors_of(x)
+        layers = Layers(x, self.dim)
+        if layers.shape != self.mean_logits.shape:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise ValueError(
-                f"dim={self.dim} of x with shape {tuple(x.shape)} leaves {left}, "
+                f"dim={self.dim} of x with shape {shapes} leaves {tuple(layers.shape)}, "
                 f"but the learned priors have shape {tuple(self.mean_logits.shape)}"
             )
-        prior_loss = batch_shaping(
-            x,
-            self.prior,
-            self.dim,
-            statistic=self.statistic,
-            mask=mask,
-            ties=self.ties,
-            logits=self.logits,
-            group=self.group,
-        )
+        prior: Any = self.prior
+        if not layers.single:
+            parameters = zip(layers.split(self.mean), layers.split(self.temperature), strict=True)
+            prior = [RelaxedBernoulli(*pair, validate_args=False) for pair in parameters]
+        settings = Settings(self.dim, self.statistic, self.ties, self.logits, group=self.group)
+        prior_loss = shaping_loss(x, prior, settings, mask)
         hyperprior_loss = self.hyperprior_weight * self.mean_shaping(self.mean)
         penalty = self.temperature_weight * self.temperature.mean()
         self.prior_loss = prior_loss.detach()

@@ -1,4 +1,4 @@
-"""Refusing bad input: by its kind always, and by its values where reading them costs nothing."""
+"""Checks of the input: of its type always, and of its values where reading them costs nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_values(x: object) -> None:
 
 
 def is_index(value: Any) -> bool:
-    """Whether a value counts as a whole number; True and False do not, as for torch."""
+    """Whether a value is a whole number; as in torch, True and False are not."""
     if isinstance(value, bool):
         return False
     try:
@@ -37,7 +37,7 @@ def is_index(value: Any) -> bool:
 def known_to_hold(condition: Tensor) -> bool:
     """Whether all of a condition holds; True where it cannot be read without stopping a device or a tracer.
 
-    What goes unread there shows as NaN.
+    Values that are not checked propagate as NaN.
     """
     if not _readable(condition):
         return True
@@ -48,7 +48,7 @@ def known_to_hold(condition: Tensor) -> bool:
 
 
 def extent(values: Tensor) -> tuple[float, float] | None:
-    """The least and the greatest value, NaN if one is NaN; None if there are none, or they cannot be read."""
+    """The least and the greatest value, both NaN if a value is; None if there are no values to read."""
     if not _readable(values) or values.numel() == 0:
         return None
     try:

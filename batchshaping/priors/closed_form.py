@@ -63,13 +63,13 @@ class ClosedFormPrior(td.Distribution):
     """A distribution on the line whose CDF has derivatives in closed form.
 
     A subclass names its parameters and their ranges in ``ranges``, and defines ``prepare``, ``cdf`` and
-    ``quantile``. One that redefines ``cdf`` without ``prepare`` has no closed form any more; it is treated as
-    a distribution of anyone else's.
+    ``quantile``. If it redefines ``cdf`` without ``prepare``, it has no closed form any more, and is treated
+    like any other distribution.
 
     Attributes:
-        in_closed_form: whether ``prepare`` tells what ``cdf`` does.
-        key: tells the class from all others of the process, of the same name too. By it, compiled programs
-            look the class up in ``by_key``.
+        in_closed_form: whether ``prepare`` evaluates the same CDF as ``cdf``.
+        key: an identifier of the class that is unique in the process, even among classes of the same name.
+            Compiled programs look the class up by it in ``by_key``.
     """
 
     ranges: ClassVar[dict[str, Range]]
@@ -89,7 +89,7 @@ class ClosedFormPrior(td.Distribution):
         ClosedFormPrior.by_key[cls.key] = cls
 
     def _set_parameters(self, validate_args: bool | None, **given: Tensor | float) -> None:
-        """Keep the parameters as given, checked; numbers in double precision."""
+        """Check the parameters and keep them as they were given, and numbers also in double precision."""
         self._given = given
         self._checked = validate_args is not False
         self._tensors = {name: self._as_tensor(name, value) for name, value in given.items()}
@@ -97,13 +97,13 @@ class ClosedFormPrior(td.Distribution):
             all_shapes = [t.shape for t in self._tensors.values()]
             batch_shape = max(all_shapes, key=len)
             if any(shape and shape != batch_shape for shape in all_shapes):
-                # torch takes longer for this than for all the rest.
+                # This takes torch longer than all the rest.
                 batch_shape = torch.broadcast_shapes(*all_shapes)
         except RuntimeError:
             shapes = ", ".join(f"{k} {tuple(t.shape)}" for k, t in self._tensors.items())
             raise ValueError(f"{type(self).__name__}: parameters must broadcast, received {shapes}") from None
         self.check()
-        # torch's own checks would print a tensor over many lines, and read it on every device.
+        # torch's own checks would print a tensor over many lines, and read it from any device.
         td.Distribution.__init__(self, batch_shape, validate_args=False)
 
     def _as_tensor(self, name: str, value: Any) -> Tensor:
@@ -113,13 +113,13 @@ class ClosedFormPrior(td.Distribution):
             whole = torch.promote_types(torch.get_default_dtype(), torch.float32)
             return value if value.is_floating_point() else value.to(whole)
         try:
-            number = math.fsum([value])  # unlike float, it takes no text
+            number = math.fsum([value])  # float would accept text
         except (TypeError, ValueError, OverflowError):
             raise TypeError(
                 f"{type(self).__name__}: {name} must be a number or a tensor, received {_in_short(value)}"
             ) from None
-        # The same wherever the prior is made: other tensors of the process may be made on another device, or
-        # in inference mode, where autograd cannot save them.
+        # Not on the default device, nor as an inference tensor, which autograd cannot save: the prior may be
+        # used elsewhere than where it is made.
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return torch.tensor(number, dtype=torch.float64, device="cpu")
@@ -136,23 +136,23 @@ class ClosedFormPrior(td.Distribution):
         for name, tensor in self._tensors.items():
             number = self._given[name]
             if not isinstance(number, Tensor) and self.ranges[name].lower < number < self.ranges[name].upper:
-                continue  # sooner than by its tensor
+                continue  # a number is checked faster than its tensor
             wrong = self.ranges[name].outside(tensor)
             if wrong is not None:
                 raise _out_of_range(self, name, self.ranges[name].description, wrong, tensor)
 
     @property
     def given(self) -> dict[str, Tensor | float]:
-        """The arguments that the prior was made with, as tensors and numbers."""
+        """The arguments that the prior was made with: tensors and numbers."""
         return {n: self._tensors[n] if isinstance(v, Tensor) else v for n, v in self._given.items()}
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """The tensors that ``prepare`` takes, in its order, with the graph to what was given."""
+        """The tensors that ``prepare`` takes, in its order, differentiable in the given ones."""
         return tuple(self._tensors.values())
 
     def parameter(self, name: str) -> Tensor:
-        """One parameter by its name, in ``batch_shape`` and, if given as a number, the default dtype."""
+        """One parameter by its name, of shape ``batch_shape``; a number gets the default dtype."""
         value = self._tensors[name]
         if not isinstance(self._given[name], Tensor):
             value = value.to(torch.get_default_dtype())
@@ -164,8 +164,8 @@ class ClosedFormPrior(td.Distribution):
     ) -> PreparedCDF:
         """The CDF of these parameters on values of this dtype, with their gradients or without.
 
-        What depends on the parameters only is computed here, once for all values. Logarithms may be asked for
-        if ``tails`` is set.
+        Everything that depends on the parameters alone is computed here, once for all values. With ``tails``,
+        the CDF also gives logarithms.
         """
         raise NotImplementedError
 
@@ -247,7 +247,7 @@ def are_numbers(parameters: Sequence[Tensor]) -> bool:
 
 
 class _LogTails(torch.autograd.Function):
-    """log CDF and log survival function, with their derivatives computed beside them in the forward pass."""
+    """The logarithms of CDF and survival function, whose forward pass computes their derivatives too."""
 
     @staticmethod
     def forward(value: Tensor, prior: type[ClosedFormPrior], *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """The priors: torch distributions that know their CDF, its inverse and every derivative of it.
 
-Parameters are kept as they were given. A number is used in double precision whatever the dtype of the
-values; a tensor that an optimizer updates in place is read anew at each call, so a prior can be made once and
-learned.
+Parameters are kept as they were given. A number is used in double precision, whatever the dtype of the
+values. A tensor is read at each call, so that a prior can be made once and learned, as an optimizer updates
+the tensor in place.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Beta(ClosedFormPrior, td.Beta):
 
     @property
     def _dirichlet(self) -> td.Dirichlet:  # type: ignore[override]
-        """What torch's Beta samples and scores with, made anew so that learned parameters are current."""
+        """What torch's Beta samples and scores with; made at each use, as learned parameters change."""
         both = torch.stack([self.concentration1, self.concentration0], dim=-1)
         return td.Dirichlet(both, validate_args=False)
 
@@ -196,14 +196,14 @@ class RelaxedBernoulli(ClosedFormPrior, td.RelaxedBernoulli):
 
     @property
     def base_dist(self) -> Any:  # type: ignore[override]
-        """The logistic distribution of logit(x), made anew so that learned parameters are current."""
+        """The logistic distribution of logit(x); made at each use, as learned parameters change."""
         return td.relaxed_bernoulli.LogitRelaxedBernoulli(
             self.temperature, probs=self.parameter("mean"), validate_args=False
         )
 
     @property
     def mean(self) -> Tensor:
-        """Not in closed form; that of the Bernoulli which is relaxed, the argument, is ``probs``."""
+        """Not available, since it has no closed form. The mean of the Bernoulli is ``probs``."""
         raise NotImplementedError(
             "the mean of a RelaxedBernoulli has no closed form; its argument is `probs`"
         )

@@ -1,8 +1,8 @@
 """Modules that own a prior: its tensors are the module's, and the prior is made from them at each use.
 
-A distribution is taken apart once. What it was made with, and by which class, is a recipe; the tensors in it
-become parameters and buffers of the module. So they move with the module, are saved, trained and replaced
-with it, as those of any other, and a distribution of torch or of anyone else needs to know nothing of that.
+A distribution is taken apart once, into a recipe (its class, and the arguments that it was made with) and its
+tensors, which become parameters and buffers of the module. So they are moved, saved, trained and replaced
+with the module like any others. This works for all distributions, which need no code for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from batchshaping.priors.closed_form import ClosedFormPrior
 
 __all__ = ["PriorModule", "kept_inside"]
 
-# The part of the way from an end of its range to its start in which a learned parameter is held back.
+# A learned parameter is held back where it is nearer to an end of its range than this share of the distance
+# that its start has from it.
 _HELD_BACK = 1 / 8
 
 
@@ -34,17 +35,18 @@ class PriorModule(nn.Module):
     """A module that owns a prior; a subclass gives it one with :meth:`own`.
 
     - A fixed tensor of the prior is copied into a buffer.
-    - A ``nn.Parameter`` is registered as it is: the same object, from where the user has put it. It counts as
-      itself while it is further from the ends of its range than an eighth of its start was, and nearer to
-      them as :func:`kept_inside` has it. So no step of an optimizer takes the prior's parameter out of its
-      range; :attr:`prior` tells its value.
-    - Another tensor that requires a gradient, as the output of a network does, stays its owner's: the
-      gradient reaches it, and the module neither moves nor saves it.
+    - A ``nn.Parameter`` is registered as it is, the same object. Far enough from the ends of its range, the
+      prior's parameter has its value; nearer to an end than an eighth of the distance of its start, the value
+      that :func:`kept_inside` gives. So no step of an optimizer takes the prior's parameter out of its range.
+      :attr:`prior` shows the value that is used.
+    - Another tensor that requires a gradient, such as the output of a network, is not owned: it gets its
+      gradient, but the module neither moves nor saves it.
     - A number stays a number in double precision. It has no state, like any other setting.
 
-    The names are those of the prior's arguments. The start of a learned parameter is a buffer beside it, with
-    ``_start`` behind its name. Where the name is parametrized (``torch.nn.utils.parametrize``), the
-    parametrization alone tells the value.
+    The names are those of the prior's arguments, and in a list of priors each starts with the position of the
+    prior in the list. The start of a learned parameter is a buffer whose name is that of the parameter with
+    ``_start`` appended. If the parameter is parametrized (``torch.nn.utils.parametrize``), the prior has the
+    value of the parametrization.
     """
 
     _recipe: Any
@@ -104,7 +106,7 @@ class PriorModule(nn.Module):
             return f"{type(prior).__name__}()"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A state from before there were starts holds values of the prior itself.
+        # The state of an earlier version has no starts, and its parameters are those of the prior.
         for name in self._ranges:
             value, key = state_dict.get(f"{prefix}{name}"), f"{prefix}{name}_start"
             if value is not None and key not in state_dict:
@@ -118,7 +120,7 @@ class PriorModule(nn.Module):
 
 
 def _copy_of(tensor: Tensor) -> Tensor:
-    """A copy that autograd can save, whatever mode the module is made in."""
+    """A copy that autograd can save, even if the module is made in inference mode."""
     with torch.inference_mode(False):
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
@@ -128,7 +130,7 @@ _Ends = tuple[Any, Any]
 
 
 def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | None = None) -> Tensor:
-    r"""A value that an optimizer moves at will, mapped into a range, and unchanged while it is well inside.
+    r"""A value that an optimizer may move anywhere, mapped into a range; well inside of it, it is unchanged.
 
     With d the distance of the value from an end of the range and k an eighth of that of the start, the
     distance becomes
@@ -136,13 +138,13 @@ def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | N
     .. math::
         d' = \begin{cases} d & d \ge k \\ k / (2 - d / k) & d < k \end{cases}
 
-    whose branches meet with the same slope. So the value at the start is the start, a step too far comes
-    close to the end and never reaches it, and the slope does not vanish as fast as that of an exponential:
-    the way back stays open.
+    whose branches meet with the same slope. So the start is unchanged, and a step that is too large comes
+    close to the end and never reaches it. The slope vanishes more slowly than that of an exponential, so that
+    an optimizer finds the way back.
 
     Args:
-        value: what the optimizer moves.
-        start: where it began, within the range.
+        value: the value that the optimizer updates.
+        start: its first value, within the range.
         ends: the ends of the range, infinite where there is none.
         first_ends: the ends at the start, if they move.
 
@@ -158,7 +160,7 @@ def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | N
     kept = value
     for sign, end, first_end in zip((1, -1), ends, first_ends, strict=True):
         if not isinstance(end, Tensor) and abs(end) > finfo.max:
-            continue  # no value comes near
+            continue  # no end on this side
         knee = ((start - first_end) * (sign * _HELD_BACK)).clamp_min(finfo.smallest_normal)
         distance = (value - end) * sign
         near = distance < knee
@@ -171,7 +173,7 @@ def kept_inside(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends | N
 
 
 def _known_to_be_far(value: Tensor, start: Tensor, ends: _Ends, first_ends: _Ends) -> bool:
-    """Whether :func:`kept_inside` changes nothing, as the extremes tell; False where they do not."""
+    """Whether the extremes show that :func:`kept_inside` changes nothing; False if they cannot be read."""
     found = []
     for values in (value, start, *ends, *first_ends):
         extremes = extent(values) if isinstance(values, Tensor) else (values, values)
@@ -187,7 +189,7 @@ def _known_to_be_far(value: Tensor, start: Tensor, ends: _Ends, first_ends: _End
 
 @dataclass(frozen=True)
 class _Bounds:
-    """The range of a parameter; an end may be another tensor of the prior, by its name."""
+    """The range of a parameter; an end is a number or the name of another tensor of the prior."""
 
     lower: str | float = -math.inf
     upper: str | float = math.inf
@@ -212,7 +214,7 @@ class _Bounds:
 
 
 class _Borrowed:
-    """A tensor that requires a gradient and stays its owner's."""
+    """A tensor that requires a gradient and is not owned by the module."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self.tensor, self.name = tensor, name
@@ -255,7 +257,7 @@ class _Held(_Recipe):
 
 @dataclass
 class _Constructed(_Recipe):
-    """An object of a class, by its constructor, with attributes to set behind that."""
+    """An object made by the constructor of its class, and attributes that are set afterwards."""
 
     kind: type
     arguments: dict[str, Any]
@@ -308,7 +310,7 @@ _Path = tuple[str, ...]
 
 @dataclass
 class _Inventory:
-    """The tensors and modules that were found, by the names that they get."""
+    """The tensors and modules of a prior, by the names that they get in the module."""
 
     taken: Callable[[str], bool]
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -333,7 +335,7 @@ class _Inventory:
         return _Held(name, shape)
 
     def hold_once(self, tensor: Tensor, path: _Path) -> _Held:
-        """The same, but under one name wherever the same tensor is found."""
+        """The same, but a tensor that is found again keeps its first name."""
         if id(tensor) not in self._once:
             self._once[id(tensor)] = self.hold(tensor, path, _Bounds())
         return self._once[id(tensor)]
@@ -403,7 +405,7 @@ def _(value: Distribution, path: _Path, inventory: _Inventory) -> Any:
     return _Constructed(type(value), parts, {"_validate_args": vars(value).get("_validate_args", True)})
 
 
-# Factors and exponents, which would make a transform that has no inverse.
+# Factors and exponents, which must not be 0, as the transform would have no inverse.
 _NOT_ZERO = {(AffineTransform, "scale"), (PowerTransform, "exponent")}
 
 
@@ -421,13 +423,13 @@ def _copied(value: Any, path: _Path, inventory: _Inventory) -> Any:
         if isinstance(part, _Held) and (type(value), name) in _NOT_ZERO:
             positive = bool((attribute > 0).all())
             inventory.bounds[part.name] = _Bounds(lower=0.0) if positive else _Bounds(upper=0.0)
-    # A transform that remembers values is copied for each use, so that these do not outlive it.
+    # A transform that caches values is copied for each use, so that the cache does not outlive the use.
     remembers = "_cached_x_y" in vars(value)
     return _Copied(template, attributes) if attributes or remembers else value
 
 
 def _forget(template: Any, name: str) -> None:
-    """Make torch compute an attribute of others anew."""
+    """Remove an attribute that torch then computes again from others."""
     if name == "_inv":
         template._inv = None
     elif name == "_cached_x_y":
@@ -437,7 +439,7 @@ def _forget(template: Any, name: str) -> None:
 
 
 def _is_derived(value: Any, name: str) -> bool:
-    """Whether torch computes an attribute of others: logits of probabilities, the inverse of a transform."""
+    """Whether torch computes an attribute from others: logits from probabilities, or an inverse."""
     if name == "_cached_x_y" or (name == "_inv" and not isinstance(value, _InverseTransform)):
         return True
     lazy = isinstance(inspect.getattr_static(type(value), name, None), lazy_property)
@@ -445,15 +447,15 @@ def _is_derived(value: Any, name: str) -> bool:
 
 
 def _constructor_arguments(value: Distribution) -> dict[str, Any] | None:
-    """What a distribution was made with, if its attributes of the same names tell, and None if not.
+    """The arguments that a distribution was made with, if its attributes have them, and None if not.
 
-    A parameter that the class changes, as torch clamps probabilities, is looked for where its graph begins.
-    The test is whether the same comes out of the constructor.
+    An argument that the class changes, such as probabilities that torch clamps, is looked up at the start of
+    the graph of the attribute. The arguments are right if the constructor makes the same distribution again.
     """
     found: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(value)).parameters.items():
         if name == "validate_args":
-            found[name] = False  # the loss checks, where that costs nothing
+            found[name] = False  # the loss checks the parameters where that costs nothing
         elif _is_derived(value, name):
             continue
         elif hasattr(value, name):
@@ -511,7 +513,7 @@ def _leaves(tensor: Tensor) -> list[Tensor]:
 
 
 def _origin(tensor: Tensor) -> Tensor:
-    """The parameter that a tensor is computed of, if there is just one; else the tensor."""
+    """The parameter that a tensor is computed from, if there is just one; else the tensor."""
     if isinstance(tensor._base, nn.Parameter):
         return tensor._base if tensor._base.shape == tensor.shape else tensor
     leaves = _leaves(tensor)
@@ -519,7 +521,7 @@ def _origin(tensor: Tensor) -> Tensor:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two objects hold the same values, computed of the same tensors in the same way."""
+    """Whether two objects hold the same values, computed from the same tensors in the same way."""
     if type(one) is not type(other) and not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return False
     if isinstance(one, Tensor):

@@ -1,6 +1,6 @@
-"""The logarithms of the CDF and of the survival function (1 less it) of distributions that are not ours.
+"""The logarithms of the CDF and of the survival function, 1 - CDF, of distributions of other libraries.
 
-The survival function is never computed as 1 less a CDF that has rounded to 1. Each family of
+The survival function is never computed from a CDF that has rounded to 1. Each family of
 ``torch.distributions`` has its own formula, with relative precision as far into both tails as its values go.
 Any other distribution has the precision of its own ``cdf``, up to a limit.
 """

@@ -1,4 +1,4 @@
-"""Any distribution, taken on the whole line, with everything that a statistic asks of a prior."""
+"""Any distribution as a distribution on the whole line, with all methods that a statistic calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["on_the_line"]
 
 
 class _OnTheLine(Distribution):
-    """Any distribution with a ``cdf``, taken on the whole line: 0 left of its support and 1 right of it."""
+    """A distribution whose CDF is defined on the whole line: 0 left of its support and 1 right of it."""
 
     def __init__(self, prior: Distribution) -> None:
         self.prior = _unvalidated(prior)
@@ -36,17 +36,17 @@ class _OnTheLine(Distribution):
             raise ValueError(f"this statistic needs a prior with an icdf, received {name}") from None
 
     def log_cdf(self, value: Tensor) -> Tensor:
-        """The logarithm of the CDF; outside of the support 0, or that of the smallest normal number."""
+        """The logarithm of the CDF; where the CDF is 0, that of the smallest normal number."""
         inside, above, x = self._within(value)
         return torch.where(inside, log_tails(self.prior, x)[0], self._log_smallest(~above, value.dtype))
 
     def log_sf(self, value: Tensor) -> Tensor:
-        """The logarithm of 1 less the CDF, likewise."""
+        """The logarithm of 1 - CDF, likewise."""
         inside, above, x = self._within(value)
         return torch.where(inside, log_tails(self.prior, x)[1], self._log_smallest(above, value.dtype))
 
     def _within(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which values are inside of the support, which are above, and values that are all inside."""
+        """Which values are inside of the support, which are above, and all values moved inside."""
         lower, upper = (
             torch.as_tensor(v, dtype=value.dtype, device=value.device) for v in (self.lower, self.upper)
         )
@@ -60,7 +60,7 @@ class _OnTheLine(Distribution):
 
 
 def _unvalidated(prior: Distribution) -> Distribution:
-    """A copy that takes values outside of its support."""
+    """A copy that does not refuse values outside of its support."""
     prior = copy.copy(prior)
     prior._validate_args = False
     base = vars(prior).get("base_dist")
@@ -70,5 +70,5 @@ def _unvalidated(prior: Distribution) -> Distribution:
 
 
 def on_the_line(prior: Distribution) -> Distribution:
-    """The prior with everything that a statistic asks of one."""
+    """The prior with ``cdf``, ``icdf``, ``log_cdf`` and ``log_sf`` for values on the whole line."""
     return prior if isinstance(prior, ClosedFormPrior) and prior.in_closed_form else _OnTheLine(prior)

@@ -1,6 +1,6 @@
-"""One sort: order statistics, where they came from, and their ranks.
+"""The one sort: order statistics, their indices before sorting, and their ranks.
 
-Everything here works along the last dimension; the caller brings the samples there.
+Everything here works along the last dimension.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class OrderStatistics(NamedTuple):
     complete: bool = False
 
     def unsort(self, sorted_values: Tensor) -> Tensor:
-        """Bring something computed at the order statistics back to where the values came from."""
+        """Put values computed at the order statistics back into the order before sorting."""
         return torch.empty_like(sorted_values).scatter_(-1, self.indices, sorted_values)
 
 
 def order_statistics(x: Tensor) -> OrderStatistics:
     """Sort x along its last dimension, stably: equal values keep their order; NaN comes last.
 
-    On the CPU NumPy's vectorised sort does the work, with the same result as ``torch.sort(stable=True)`` but
-    for -0.0, which may come back as 0.0.
+    On the CPU NumPy's vectorised sort is used, with the same result as ``torch.sort(stable=True)`` except
+    that -0.0 may come back as 0.0.
     """
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if x.device.type == "cpu" and x.numel() and not traced:
@@ -46,9 +46,9 @@ def order_statistics(x: Tensor) -> OrderStatistics:
 
 
 def _sort_float32(x: Tensor) -> OrderStatistics | None:
-    """Sort as float64 with the index in the bits that a float32 leaves free; None where that is inexact.
+    """Sort as float64 with the index in the bits that a float32 leaves free; None if that is not exact.
 
-    The index is less than half a unit in the last place of the float32, so rounding removes it again.
+    The index is less than half a unit in the last place of the float32, so that rounding removes it.
     """
     if x.shape[-1] > _INDEX_BITS:
         return None
@@ -57,13 +57,13 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     if math.isnan(least):
         return None
     if not 0.0 < least <= greatest < math.inf:
-        # An infinity has no free bits, but a number that rounds to it has. A zero with an index in its bits
-        # would be subnormal, which a processor that flushes subnormal numbers to zero takes for 0; a normal
-        # number that rounds to 0 stands for it. What is not 0 stays the same.
+        # An infinity has no free bits, so a finite number takes its place that rounds to infinity. A zero
+        # with an index in its bits would be subnormal, and 0 on a processor that flushes subnormal numbers,
+        # so a normal number takes its place that rounds to 0. All other values stay the same.
         keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(_ROUNDS_TO_ZERO)
     bits = keys.view(torch.int64)
-    bits.bitwise_or_(_places(x.shape[-1]))
-    # The more is added to a negative number the less it is: there the index is counted backwards.
+    bits.bitwise_or_(torch.arange(x.shape[-1], device="cpu"))
+    # A negative number gets smaller with the index, so its index is counted backwards.
     negative = least < 0
     if negative:
         bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
@@ -74,13 +74,8 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS), complete=True)
 
 
-def _places(n: int) -> Tensor:
-    """The numbers below n."""
-    return _FIRST_PLACES[:n] if n <= len(_FIRST_PLACES) else torch.arange(n, device="cpu")
-
-
 def _sort_float64(x: Tensor) -> OrderStatistics | None:
-    """Sort by NumPy's argsort, which is vectorised but not stable; None where that shows."""
+    """Sort by NumPy's argsort, which is vectorised but not stable; None if there are equal values or NaN."""
     indices = torch.from_numpy(x.contiguous().numpy().argsort(axis=-1))
     values = x.gather(-1, indices)
     if bool((values[..., 1:] == values[..., :-1]).any()) or bool(values[..., -1].isnan().any()):
@@ -88,10 +83,8 @@ def _sort_float64(x: Tensor) -> OrderStatistics | None:
     return OrderStatistics(values, indices, complete=True)
 
 
-# A float32 leaves 29 bits of a float64 free; half of what they count is rounded off.
+# A float32 leaves 29 bits of a float64 free; an index of 28 bits is rounded off.
 _INDEX_BITS = 2**28 - 1
-# To fill a small tensor takes longer than to slice one.
-_FIRST_PLACES = torch.arange(2**12, device="cpu")
 _ROUNDS_TO_INFINITY = 2.0**1000
 _ROUNDS_TO_ZERO = 2.0**-1000
 _CPU_SORTS = {torch.float32: _sort_float32, torch.float64: _sort_float64}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ __all__ = ["Batch", "Options", "Samples"]
 # Values evaluated at a time: few enough that the intermediate results stay in a core's cache, and that memory
 # is bounded however many there are. Other devices take all at once.
 _TILE = 2**18
+
+# From so many values on, it pays to keep freed memory.
+_LARGE = 2**16
 
 
 class Batch(NamedTuple):
@@ -60,6 +64,8 @@ class Samples:
     """
 
     def __init__(self, batch: Batch, ties: bool) -> None:
+        if batch.values.numel() >= _LARGE and batch.values.is_cpu:
+            _keep_freed_memory()
         self.order = order_statistics(batch.values)
         self.values = values = self.order.values
         n = values.shape[-1]
@@ -98,3 +104,15 @@ class Samples:
         on_cpu = self.values.device.type == "cpu"
         width = max(1, _TILE * n // max(self.values.numel(), 1)) if on_cpu else max(n, 1)
         return (slice(start, min(start + width, n)) for start in range(0, n, width))
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next request, from the first large batch of a process on.
+
+    It does so for blocks up to the size of the largest one that it has seen freed, at most 32 MiB. With a
+    smaller limit it returns the intermediate results to the system after each step, and the page faults of
+    getting them back take up to a third of the time. So let it see one such block freed, which nobody wrote
+    to and which therefore takes no memory.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")

@@ -405,6 +405,45 @@ def memories_are_for_the_current_batch(rank: int, world: int) -> None:
     assert len(loss.memory.values) == before
 
 
+def layers(rank: int, world: int) -> None:
+    """The tensors of a list are one exchange, and get what each gets in a call of its own."""
+    a, b = (torch.rand(n, dtype=F64).add(0.3).requires_grad_() for n in (5, 2))
+    for sizes, masked, history in ((even(world), False, 0), (uneven(world), True, 2)):
+        for priors in (
+            bs.Beta(2, 6),
+            [bs.Beta(2, 6), bs.Beta(2, 6), bs.Normal(0.4, 0.2)],
+            [bs.Beta(a, 6), bs.Beta(b, 6), td.Laplace(torch.tensor(0.4), torch.tensor(0.2))],
+        ):
+            each = priors if isinstance(priors, list) else [priors] * 3
+            leaves = [t for t in (a, b) if isinstance(priors, list) and priors[0].parameters[0] is a]
+            settings = {"history": history, "reduction": "none"}
+            alone = [bs.BatchShapingLoss(prior, 0, **settings) for prior in each]
+            together = bs.BatchShapingLoss(priors, 0, group="world", **settings)
+            for _ in range(2):
+                wholes = [values(sum(sizes), n, dtype=F64).requires_grad_() for n in (5, 2, 1)]
+                masks = [torch.rand(x.shape) < 0.7 for x in wholes] if masked else [None] * 3
+                for mask in masks:
+                    if mask is not None:
+                        mask[-1] = True
+                owns = [x.detach().split(sizes)[rank].clone().requires_grad_() for x in wholes]
+                own_masks = [m if m is None else m.split(sizes)[rank] for m in masks]
+                expected = [loss(x, m) for loss, x, m in zip(alone, wholes, masks, strict=True)]
+                exchange = dist.all_to_all_single
+                with mock.patch.object(dist, "all_to_all_single", side_effect=exchange) as exchanges:
+                    found = together(owns, own_masks if masked else None)
+                assert exchanges.call_count == 1
+                by_whole = torch.autograd.grad(sum(t.sum() for t in expected), [*wholes, *leaves])
+                by_own = torch.autograd.grad(sum(t.sum() for t in found), [*owns, *leaves])
+                for x, y in zip(found, expected, strict=True):
+                    close(x.detach(), y.detach())
+                for x, y in zip(by_own[:3], by_whole[:3], strict=True):
+                    close(x / world, y.split(sizes)[rank], y)
+                for x, y in zip(by_own[3:], by_whole[3:], strict=True):
+                    total = x.clone()
+                    dist.all_reduce(total)
+                    close(total / world, y)
+
+
 def no_arrays(rank: int, world: int) -> None:
     for prior in (bs.Beta(0.6, 0.4), bs.Normal(torch.zeros(0), 1.0), td.Laplace(0.0, 1.0)):
         x = torch.empty(4, 0, requires_grad=True)
@@ -724,6 +763,7 @@ LAWS = [
     memories,
     memories_of_equal_values,
     memories_are_for_the_current_batch,
+    layers,
     no_arrays,
     slices,
     nan_stays_in_its_array,

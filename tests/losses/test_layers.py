@@ -286,6 +286,27 @@ def test_a_history_is_that_of_each_tensor(masked: bool) -> None:
         together(tensors[:1])
 
 
+@pytest.mark.parametrize("logits", [False, True], ids=["values", "logits"])
+def test_the_generalized_loss_of_a_list_has_one_hyperprior_for_all_means(logits: bool) -> None:
+    tensors = values(9, [(3,), (2, 2)])
+    module = bs.GeneralizedBatchShapingLoss(7, logits=logits).double()
+    total = module(tensors)
+    means, temperatures = (t.split([3, 4]) for t in (module.mean, module.temperature))
+    priors = [
+        bs.RelaxedBernoulli(means[0], temperatures[0]),
+        bs.RelaxedBernoulli(means[1].view(2, 2), temperatures[1].view(2, 2)),
+    ]
+    shaped = sum(bs.batch_shaping(x, p, 0, logits=logits) for x, p in zip(tensors, priors, strict=True))
+    expected = shaped + bs.batch_shaping(module.mean, bs.Beta(3, 7)) + 0.1 * module.temperature.mean()
+    torch.testing.assert_close(total, expected)
+    leaves = [*tensors, *module.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(total, leaves), torch.autograd.grad(expected, leaves))
+    with pytest.raises(
+        ValueError, match=r"shape \(9, 3\) leaves \(3,\), but the learned priors have shape \(7,\)"
+    ):
+        module(tensors[:1])
+
+
 # Compilers and transforms
 
 

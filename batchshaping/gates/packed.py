@@ -1,0 +1,308 @@
+r"""Convolutions for inference: batch normalization folded in, weights packed once for the CPU.
+
+In evaluation a batch normalization is a scale and a shift of each channel, and can be a part of the
+convolution before it:
+
+.. math::
+    \mathrm{BN}(W * x) = s \, W * x + \beta - s \, m, \qquad s = \frac{\gamma}{\sqrt{v + \epsilon}}
+
+On the CPU oneDNN computes convolutions with weights in an order of its own. PyTorch brings them into this
+order at every call, which takes as long as the convolution itself where there are many channels and few
+pixels. Here this is done once. Where PyTorch has no oneDNN, where it is switched off
+(``torch.backends.mkldnn``), and on other devices, the same convolutions are computed by
+:func:`torch.nn.functional.conv2d`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchshaping.gates.cost import is_measuring
+
+__all__ = ["PackedConvolution", "Settings", "channels_last", "convolve", "convolve_add", "folded"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class Settings(NamedTuple):
+    """Stride, padding, dilation and groups of a convolution of images."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def _operation(name: str, overload: str) -> Callable[..., Tensor] | None:
+    """An operation of oneDNN, without the search for its overload at every call; None where there is none."""
+    try:
+        found = getattr(getattr(torch.ops.mkldnn, name), overload)
+    except (AttributeError, RuntimeError):
+        return None
+    operation: Callable[..., Tensor] = getattr(found, "_op", found)
+    return operation
+
+
+_reorder: Any = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)
+_convolution = _operation("_convolution_pointwise", "default")
+_convolution_plus = _operation("_convolution_pointwise", "binary")
+_convolution_plus_ = _operation("_convolution_pointwise_", "binary")
+_has_bfloat16 = _operation("_is_mkldnn_bf16_supported", "default")
+_IS_COMPLETE = None not in (_reorder, _convolution, _convolution_plus, _convolution_plus_, _has_bfloat16)
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether convolutions of x are computed by oneDNN's own operations."""
+    if not _IS_COMPLETE or x.device.type != "cpu" or not torch._C._get_mkldnn_enabled():
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(_has_bfloat16()))  # type: ignore[misc]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same images, with the channels of a pixel side by side in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, relu: bool) -> Tensor:
+    """A convolution, followed by a ReLU or not.
+
+    Args:
+        x: images in the order of :func:`channels_last`.
+        weight: the weights, plain or packed for images like these.
+        bias: of each output channel, or None.
+        settings: of the convolution.
+        relu: whether a ReLU follows.
+    """
+    stride, padding, dilation, groups = settings
+    if by_onednn(x):
+        return _convolution(  # type: ignore[misc]
+            x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
+        )
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return y.relu_() if relu else y
+
+
+def convolve_add(
+    other: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: Settings,
+    relu: bool,
+    inplace: bool = False,
+) -> Tensor:
+    """A convolution that is added to other images, followed by a ReLU or not.
+
+    Args:
+        other: images of the shape of the result.
+        x: images in the order of :func:`channels_last`.
+        weight: the weights, plain or packed for images like these.
+        bias: of each output channel, or None.
+        settings: of the convolution.
+        relu: whether a ReLU follows.
+        inplace: whether the result takes the place of the other images.
+    """
+    stride, padding, dilation, groups = settings
+    if by_onednn(x):
+        after = "relu" if relu else None
+        if inplace:
+            return _convolution_plus_(  # type: ignore[misc]
+                other, x, weight, bias, padding, stride, dilation, groups, "add", None, after, [], None
+            )
+        return _convolution_plus(  # type: ignore[misc]
+            x, other, weight, bias, padding, stride, dilation, groups, "add", None, after, [], None
+        )
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    y = other.add_(y) if inplace else y.add_(other)
+    return y.relu_() if relu else y
+
+
+def folded(layer: nn.Conv2d | nn.Linear, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer and of the batch normalization that follows it, in evaluation.
+
+    Args:
+        layer: a convolution or a linear layer.
+        norm: the normalization, one for which :func:`can_be_folded` is true, or None.
+
+    Example:
+        >>> layer, norm = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3).eval()
+        >>> x = torch.randn(4, 2, 5, 5)
+        >>> torch.allclose(F.conv2d(x, *folded(layer, norm)), norm(layer(x)), atol=1e-6)
+        True
+    """
+    weight = layer.weight.detach()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+    if norm is None:
+        return weight.clone(), bias.clone()
+    # In double precision, so that folding adds one rounding alone.
+    of_norm: Any = norm
+    scale = (of_norm.running_var.double() + of_norm.eps).rsqrt()
+    if of_norm.weight is not None:
+        scale = scale * of_norm.weight.detach().double()
+    shift = (bias.double() - of_norm.running_mean.double()) * scale
+    if of_norm.bias is not None:
+        shift = shift + of_norm.bias.detach().double()
+    return (weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))).to(weight), shift.to(bias)
+
+
+def can_be_folded(norm: nn.Module) -> bool:
+    """Whether a layer is a batch normalization with fixed statistics in evaluation."""
+    if type(norm).__name__ == "FrozenBatchNorm2d":
+        return hasattr(norm, "running_mean")
+    return type(norm) in _NORMALIZATIONS and norm.running_mean is not None and norm.running_var is not None
+
+
+_NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def can_be_packed(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of images that a :class:`PackedConvolution` can replace."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
+class PackedConvolution(nn.Module):
+    """A convolution for inference, with the batch normalization and the ReLU that follow it.
+
+    Weight and bias are buffers: there is nothing to learn in it. Packed weights are made when images of a new
+    size come, and are no part of copies or state dicts.
+
+    Args:
+        layer: the convolution, one for which :func:`can_be_packed` is true; its weights are copied.
+        norm: the batch normalization after it, or None.
+        relu: whether a ReLU follows.
+
+    Example:
+        >>> layer, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8).eval()
+        >>> x = torch.randn(2, 3, 9, 9)
+        >>> torch.allclose(PackedConvolution(layer, norm, relu=True)(x), norm(layer(x)).relu(), atol=1e-5)
+        True
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    SHAPES = 2
+    """For how many sizes of images, the latest ones, packed weights are kept."""
+
+    def __init__(self, layer: nn.Conv2d, norm: nn.Module | None = None, relu: bool = False) -> None:
+        super().__init__()
+        weight, bias = folded(layer, norm)
+        # The order in which slices of output channels are contiguous, and packing is fast.
+        self.register_buffer("weight", channels_last(weight))
+        self.register_buffer("bias", bias)
+        self.settings = Settings(
+            (layer.stride[0], layer.stride[1]),
+            _two(layer.padding),
+            (layer.dilation[0], layer.dilation[1]),
+            layer.groups,
+        )
+        self.relu = relu
+        self._forget()
+        self.eval()
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution."""
+        return self.settings.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x)
+        if is_plain():
+            y = F.conv2d(x, self.weight, self.bias, *self.settings)
+            return y.relu_() if self.relu else y
+        return convolve(x, self.packed(x), self.bias, self.settings, self.relu)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """The whole weights, for these images."""
+        return self.part(x, "all", lambda: self.weight)
+
+    def part(self, x: Tensor, name: Hashable, cut: Callable[[], Tensor]) -> Tensor:
+        """A part of the weights, packed for these images where oneDNN computes them.
+
+        Args:
+            x: the images.
+            name: of the part.
+            cut: makes it of the plain weights.
+        """
+        size = (x.shape[2], x.shape[3], min(len(x), 2), by_onednn(x))
+        parts = self._parts.get(size)
+        if parts is None:
+            parts = self._parts_of(size)
+        found = parts.get(name)
+        if found is None:
+            found = parts[name] = self._pack(x, cut())
+        return found
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is made of the plain weights once."""
+        found = self._made.get(name)
+        if found is None:
+            found = self._made[name] = make()
+        return found
+
+    def _pack(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not by_onednn(x):
+            return weight.contiguous()
+        stride, padding, dilation, groups = self.settings
+        shape = (len(x), weight.shape[1] * groups, *x.shape[2:])
+        packed: Tensor = _reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, shape)
+        return packed
+
+    def _parts_of(self, size: Hashable) -> dict[Hashable, Tensor]:
+        with self._lock:
+            parts = self._parts.setdefault(size, {})
+            self._parts.move_to_end(size)
+            while len(self._parts) > self.SHAPES:
+                self._parts.popitem(last=False)
+        return parts
+
+    def _forget(self) -> None:
+        """Drop all that was made of the weights."""
+        self._parts: OrderedDict[Hashable, dict[Hashable, Tensor]] = OrderedDict()
+        self._made: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedConvolution:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_parts", "_made", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    def extra_repr(self) -> str:
+        channels = f"{self.weight.shape[1] * self.groups}, {self.weight.shape[0]}"
+        size = tuple(self.weight.shape[2:])
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings._asdict().items())
+        return f"{channels}, kernel_size={size}, {settings}, relu={self.relu}"
+
+
+def is_plain() -> bool:
+    """Whether only operations of PyTorch's own may run: while they are counted, compiled or exported."""
+    return is_measuring() or torch.compiler.is_compiling()
+
+
+def _two(padding: Any) -> tuple[int, int]:
+    return padding[0], padding[1]
