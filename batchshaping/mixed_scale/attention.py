@@ -97,9 +97,10 @@ class GatedAttention(nn.Module):
         if not (gates.requires_grad and torch.is_grad_enabled()):
             # Not a number counts as on, so that no query is left without a key.
             return F.scaled_dot_product_attention(query, key, value, attn_mask=gates != 0, **settings)
-        scale = settings.get("scale") or query.shape[-1] ** -0.5
+        scale = settings["scale"]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         weights = gated_softmax((query * scale) @ key.transpose(-2, -1), gates)
-        weights = F.dropout(weights, settings.get("dropout_p", 0.0))
+        weights = F.dropout(weights, settings["dropout_p"])
         return weights.to(value.dtype) @ value
 
 

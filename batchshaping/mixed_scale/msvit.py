@@ -29,7 +29,8 @@ class MSViT(nn.Module):
     tokens go through the blocks of the ViT, which stays as it is, with its weights.
 
     As a module it computes all tokens of both scales, with those that are off masked out of every attention,
-    so that the gates can be trained. :class:`PackedMSViT` computes only the tokens that are on.
+    so that the gates can be trained. :func:`~batchshaping.gates.inference.conditional_inference` makes a
+    :class:`PackedMSViT` of it, which computes only the tokens that are on.
 
     Where all regions are fine the outputs are those of the ViT: to the bit in :class:`PackedMSViT`, and here
     up to rounding, since an attention with a mask adds up in another order.
@@ -137,6 +138,9 @@ class MSViT(nn.Module):
         tokens = self._through_blocks(vit, tokens, scale_of_tokens(decisions, cut, sizes[0]))
         prefix, fine, coarse = vit.after_blocks(tokens).split(sizes, dim=1)
         return _Features(prefix, lambda: on_fine_grid(fine, coarse, decisions, cut), cut)
+
+    def extra_repr(self) -> str:
+        return f"coarse={self.coarse}"
 
     def _through_blocks(self, vit: ViTAdapter, tokens: Tensor, on: Tensor) -> Tensor:
         def attend(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:

@@ -15,7 +15,6 @@ or a decoder for dense prediction, need not know of scales, and no region is los
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -62,18 +61,12 @@ class Cut(NamedTuple):
 
     def region_of_patch(self, device: torch.device | str | None = None) -> Tensor:
         """The region that each patch is in, in the order of rows, of shape (patches,)."""
-        return _region_of_patch(self, str(device))
+        down, across = (torch.arange(n, device=device) // self.side for n in (self.rows, self.columns))
+        return (down[:, None] * self.grid_of_regions[1] + across).flatten()
 
     def patches_of_region(self, device: torch.device | str | None = None) -> Tensor:
         """How many patches each region has, of shape (regions,)."""
         return self.region_of_patch(device).bincount(minlength=self.regions)
-
-
-@lru_cache(maxsize=64)
-def _region_of_patch(cut: Cut, device: str) -> Tensor:
-    device = "cpu" if device == "None" else device
-    down, across = (torch.arange(n, device=device) // cut.side for n in (cut.rows, cut.columns))
-    return (down[:, None] * cut.grid_of_regions[1] + across).flatten()
 
 
 def scale_of_tokens(decisions: Tensor, cut: Cut, prefix: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import batchshaping as bs
 from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.mixed_scale import attention, packed
+from batchshaping.mixed_scale.msvit import PackedMSViT
 from batchshaping.mixed_scale.packed import PACKINGS
 
 SIDES = [2, 4]
@@ -114,6 +115,36 @@ def packed_scale(msvit: bs.MSViT, images: Tensor, decisions: Tensor, prefix: int
     from batchshaping.mixed_scale.tokens import scale_of_tokens
 
     return scale_of_tokens(decisions, msvit.cut(images), prefix) != 0
+
+
+@pytest.mark.parametrize("name", ["timm", "average", "torchvision"])
+def test_an_inference_copy_is_packed_and_stands_alone(name: str) -> None:
+    _, msvit, images = made(name)
+    copied = bs.conditional_inference(msvit)
+    within = bs.conditional_inference(nn.Sequential(msvit, nn.Softmax(dim=1)).train())
+    assert isinstance(copied, PackedMSViT) and isinstance(within[0], PackedMSViT)
+    msvit.eval()
+    with torch.no_grad():
+        for seed in range(3):
+            with bs.gates_forced(msvit, share=0.5, seed=seed), bs.gates_forced(copied, share=0.5, seed=seed):
+                expected = msvit(images)
+                torch.testing.assert_close(copied(images), expected, atol=1e-5, rtol=1e-5)
+                assert torch.equal(bs.gate_decisions(copied)[0], bs.gate_decisions(msvit)[0])
+                assert torch.equal(bs.count_macs(copied, images), bs.count_macs(msvit, images))
+        torch.testing.assert_close(within(images), msvit(images).softmax(dim=1), atol=1e-5, rtol=1e-5)
+        before = copied(images)
+        for parameter in msvit.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(images), before)
+
+
+def test_training_works_after_inference_mode() -> None:
+    for name in ("timm", "average", "torchvision"):
+        _, msvit, images = made(name)
+        with torch.inference_mode():
+            msvit(images), msvit.inference_twin()(images)
+        msvit.train()(images).square().sum().backward()
+        assert msvit.gate.to_logits[0].weight.grad is not None
 
 
 def test_each_example_is_computed_alone_whatever_the_batch() -> None:
