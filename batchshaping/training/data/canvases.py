@@ -29,6 +29,7 @@ from batchshaping.training.sections import DataSettings
 __all__ = ["CANVASES", "CENTRED_CANVASES", "CanvasImages", "Canvases", "Part"]
 
 Part = Literal["train", "validation", "test"]
+"""What canvases are for; no two parts share a digit."""
 
 _INK = 0.4
 """Contrast of full ink."""
