@@ -31,6 +31,7 @@ from batchshaping.gates import (
     l0_penalty,
     straight_through_decisions,
 )
+from batchshaping.losses.allocation import keep_freed_memory
 from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
 from batchshaping.losses.modules import BatchShapingLoss
@@ -65,6 +66,7 @@ __all__ = [
     "gated_resnet50",
     "gated_resnet56",
     "gates_forced",
+    "keep_freed_memory",
     "l0_penalty",
     "straight_through_decisions",
 ]
