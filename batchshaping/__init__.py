@@ -35,6 +35,7 @@ from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
 from batchshaping.losses.modules import BatchShapingLoss
 from batchshaping.losses.sliced import SlicedBatchShapingLoss
+from batchshaping.mixed_scale.msvit import MSViT
 from batchshaping.priors.families import Beta, Normal, RelaxedBernoulli, SymBeta
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "ChannelGate",
     "Gate",
     "GeneralizedBatchShapingLoss",
+    "MSViT",
     "Normal",
     "RelaxedBernoulli",
     "SlicedBatchShapingLoss",

@@ -23,7 +23,7 @@ FLOORS = [
     {"statistics"},
     {"losses"},
     {"gates"},
-    {"channel_gating"},
+    {"channel_gating", "mixed_scale"},
     # The root: the public names, and the published interface.
     {
         "batchshaping",
@@ -54,6 +54,7 @@ PUBLIC = {
     "conditional_inference",
     *("gate_resnet", "gated_resnet18", "gated_resnet20", "gated_resnet32", "gated_resnet34"),
     *("gated_resnet50", "gated_resnet56"),
+    "MSViT",
 }
 
 

@@ -92,6 +92,8 @@ class Switched(Protocol):
     def cost_terms(self, run: Run) -> Iterable[Term]:
         """The terms of the layers within the module whose cost depends on gates.
 
+        A layer that runs several times has a term for each of its runs, in their order, or one for all.
+
         Args:
             run: what was measured in one run of this module. Other layers within it are constants.
         """
@@ -292,10 +294,13 @@ class MultiplyAdds:
         terms: dict[int, Term] = {}
         for run in measured:
             if isinstance(run.module, Switched):
-                by_layer = {term.layer: term for term in run.module.cost_terms(run)}
+                by_layer: dict[str, list[Term]] = {}
+                for term in run.module.cost_terms(run):
+                    by_layer.setdefault(term.layer, []).append(term)
                 for inner in run:
-                    if inner.name in by_layer:
-                        terms[id(inner)] = by_layer[inner.name]
+                    own = by_layer.get(inner.name)
+                    if own:
+                        terms[id(inner)] = own.pop(0) if len(own) > 1 else own[0]
         in_order = [terms.get(id(run), Constant(run.name, run.macs)) for run in measured]
         decisions = _readings(model)
         for gate in {gate.name: None for term in in_order for gate in term.gates}:

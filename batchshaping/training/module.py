@@ -187,8 +187,9 @@ class GatedClassifier(pl.LightningModule):
         ]
         learned = [*self.objective.parameters()]
         if learned:  # without an empty group, optimizers of earlier versions can be restored
-            groups.append({"params": learned, "lr": settings.gate_learning_rate, "weight_decay": 0.0})
-        optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.momentum > 0)
+            rate = settings.prior_learning_rate or settings.gate_learning_rate
+            groups.append({"params": learned, "lr": rate, "weight_decay": 0.0})
+        optimizer = _OPTIMIZERS[settings.optimizer](groups, settings)
         schedules: dict[str, Schedule] = {"steps": Steps(settings.milestones), "cosine": Cosine()}
         schedule = schedules[settings.schedule]
         steps = self.trainer.estimated_stepping_batches
@@ -196,6 +197,12 @@ class GatedClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+_OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizationSettings], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, settings: torch.optim.SGD(
+        groups, momentum=settings.momentum, nesterov=settings.momentum > 0
+    ),
+    "adamw": lambda groups, settings: torch.optim.AdamW(groups),
+}
 _COSTS: dict[str, Callable[[MultiplyAdds, list[Tensor]], Tensor]] = {
     "multiply-adds": lambda cost, gates: cost.per_example(gates).mean() / cost.dense,
     "open-gates": lambda cost, gates: l0_penalty(gates),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,12 +10,14 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from batchshaping.losses.distributed import Group
+from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
 from batchshaping.losses.modules import BatchShapingLoss
 from batchshaping.priors.families import Beta
 from batchshaping.training.schedules import Ramp
 from batchshaping.training.sections import ObjectiveSettings
 
-__all__ = ["Objective"]
+__all__ = ["LearnedPriors", "Objective"]
 
 
 class Objective(nn.Module):
@@ -32,11 +35,13 @@ class Objective(nn.Module):
     2020, https://arxiv.org/abs/1907.06627).
 
     Parameters of the prior that are ``nn.Parameter`` s are parameters of this module, and learned with it.
+    With a hyperprior in the settings each gate has a learned prior: see :class:`LearnedPriors`.
 
     Args:
         settings: the objective section of a configuration.
         prior: the prior of each gate, in place of the Beta prior of the settings.
         across_ranks: whether the batch extends over all ranks of torch.distributed.
+        gates: number of gates of the network, needed where their priors are learned.
 
     Attributes:
         penalized: name of the cost that is penalized.
@@ -56,15 +61,23 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, settings: ObjectiveSettings, prior: Distribution | None = None, across_ranks: bool = False
+        self,
+        settings: ObjectiveSettings,
+        prior: Distribution | None = None,
+        across_ranks: bool = False,
+        gates: int = 0,
     ) -> None:
         super().__init__()
-        self.batch_shaping = BatchShapingLoss(
-            Beta(*settings.prior) if prior is None else prior, dim=0, group="world" if across_ranks else None
-        )
+        group: Group = "world" if across_ranks else None
+        if settings.hyperprior is None or prior is not None:
+            prior = Beta(*settings.prior) if prior is None else prior
+            self.batch_shaping: nn.Module = BatchShapingLoss(prior, dim=0, group=group)
+        else:
+            self.batch_shaping = LearnedPriors(gates, settings, group)
         self.across_ranks = across_ranks
         self.penalized, self.budget = settings.penalized, settings.budget
-        self.shaping = Ramp(settings.shaping, 0.0, 0.0, settings.shaping_end)
+        last_shaping = settings.shaping if settings.shaping_end is None else 0.0
+        self.shaping = Ramp(settings.shaping, last_shaping, 0.0, settings.shaping_end or 1.0)
         self.penalty = Ramp(0.0, settings.penalty, settings.penalty_begin, settings.penalty_end)
         last_noise = 1.0 if settings.noise_end is None else 0.0
         self.noise = Ramp(1.0, last_noise, 0.0, settings.noise_end or 1.0)
@@ -121,3 +134,48 @@ class Objective(nn.Module):
         total = value.clone()
         torch.distributed.all_reduce(total)
         return total / torch.distributed.get_world_size()
+
+
+class LearnedPriors(nn.Module):
+    """Generalized batch-shaping: a learned Relaxed Bernoulli prior for each gate, and a hyperprior of all.
+
+    The loss is the mean over the gates of all layers. Their means start near that of the hyperprior.
+
+    Args:
+        gates: number of gates.
+        settings: the hyperprior and its weights.
+        group: over which ranks the batch extends.
+
+    Attributes:
+        loss: the loss, with the learned priors.
+
+    Raises:
+        ValueError: if there are no gates.
+
+    Example:
+        >>> priors = LearnedPriors(24, ObjectiveSettings(hyperprior=(2, 8)), group=None)
+        >>> loss = priors([torch.rand(32, 16), torch.rand(32, 8)])
+        >>> priors.loss.mean.shape
+        torch.Size([24])
+    """
+
+    def __init__(self, gates: int, settings: ObjectiveSettings, group: Group) -> None:
+        super().__init__()
+        assert settings.hyperprior is not None
+        if gates < 1:
+            raise ValueError(f"hyperprior needs a network with gates, received {gates} gates")
+        a, b = settings.hyperprior
+        self.loss = GeneralizedBatchShapingLoss(
+            gates,
+            Beta(a, b),
+            hyperprior_weight=settings.hyperprior_weight,
+            temperature_weight=settings.temperature_weight,
+            group=group,
+        )
+        with torch.no_grad():
+            self.loss.mean_logits.add_(math.log(a) - math.log(b))
+
+    def forward(self, probabilities: Sequence[Tensor]) -> Tensor:
+        """The loss of the probabilities of each layer, of shape (N, gates)."""
+        loss: Tensor = self.loss(torch.cat([*probabilities], dim=1))
+        return loss

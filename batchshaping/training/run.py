@@ -287,7 +287,8 @@ def make_classifier(config: RunConfig, data: Data) -> GatedClassifier:
     torch.manual_seed(config.optimization.seed)
     network = config.network.build(len(data.classes), data.shape)
     cost = MultiplyAdds.measure(network, torch.zeros(1, *data.shape))
-    objective = Objective(config.objective, across_ranks=config.machine.processes > 1)
+    gates = sum(cost.widths.values())
+    objective = Objective(config.objective, across_ranks=config.machine.processes > 1, gates=gates)
     return GatedClassifier(network, cost, objective, config.optimization, data)
 
 

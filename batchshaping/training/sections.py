@@ -55,7 +55,7 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 # At concentrations of 1e5 the standard deviation is 0.001, far narrower than any useful prior of a gate.
 _Concentration = Annotated[float, Field(gt=0, le=100_000)]
 
-DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "canvases", "canvases-centred", "folder")
 """Names of the data sets."""
 
 
@@ -104,7 +104,8 @@ class Section(BaseModel):
             raise ValueError(f"must not be true or false, received {wrong[0]!r}")
         if value in ("none", "null") and NoneType in get_args(expected):
             return None
-        if isinstance(value, str) and get_origin(expected) is tuple:
+        kinds = [get_origin(kind) for kind in (expected, *get_args(expected))]
+        if isinstance(value, str) and tuple in kinds:
             return tuple(value.split(","))
         return value
 
@@ -120,7 +121,7 @@ class DataSettings(Section):
     heading = "Data"
 
     name: str = Field("digits", alias="data")
-    """Data set: digits, fashion-mnist, cifar10, cifar100, or folder (with train/CLASS and test/CLASS)."""
+    """Data set: digits, fashion-mnist, cifar10, cifar100, canvases, canvases-centred, or folder."""
     data_folder: Path | None = None
     """Folder of the data. By default, the folder of its package or download."""
     download: bool = False
@@ -157,10 +158,17 @@ class ObjectiveSettings(Section):
     """Cost that is penalized: the multiply-adds spent, or the share of open gates (L0)."""
     shaping: NotNegative = 0.75
     """Weight of the batch-shaping loss at the start of training. With 0, the loss is not used."""
-    shaping_end: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of training at which the weight of the batch-shaping loss has fallen to 0."""
+    shaping_end: Annotated[float, Field(gt=0, le=1)] | None = 0.2
+    """Share of training at which the weight of batch-shaping has fallen to 0; with none, it stays."""
     prior: tuple[_Concentration, _Concentration] = (0.6, 0.4)
-    """The two concentrations of the Beta prior of each gate."""
+    """The two concentrations of the Beta prior of each gate, where priors are not learned."""
+    hyperprior: tuple[_Concentration, _Concentration] | None = None
+    """The two concentrations of the Beta hyperprior of learned priors, one prior for each gate; its mean is
+    the share of gates to be open. With none, priors are not learned."""
+    hyperprior_weight: NotNegative = 0.2
+    """Weight of the hyperprior in the batch-shaping loss with learned priors."""
+    temperature_weight: NotNegative = 0.02
+    """Weight of the temperatures in the batch-shaping loss with learned priors."""
     noise_end: Annotated[float, Field(gt=0, le=1)] | None = 0.7
     """Share of training at which the noise of the gates has fallen to 0. With none, the noise stays."""
 
@@ -175,10 +183,12 @@ class ObjectiveSettings(Section):
 
 
 class OptimizationSettings(Section):
-    """How the weights are trained: stochastic gradient descent with Nesterov momentum."""
+    """How the weights are trained."""
 
     heading = "Optimization"
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: stochastic gradient descent with Nesterov momentum, or AdamW."""
     epochs: Count = 40
     """Number of passes over the training images."""
     batch_size: Count = 64
@@ -189,12 +199,14 @@ class OptimizationSettings(Section):
     """Initial learning rate of everything but the gates."""
     gate_learning_rate: Positive = 0.1
     """Initial learning rate of the gates."""
+    prior_learning_rate: Positive | None = None
+    """Initial learning rate of learned priors. By default, that of the gates."""
     schedule: Literal["steps", "cosine"] = "steps"
     """How the learning rates fall: by a factor of 10 at each milestone, or as a half cosine to 0."""
     milestones: tuple[Share, ...] = (0.6, 0.75, 0.9)
     """Shares of training at which the learning rates fall by a factor of 10."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Nesterov momentum."""
+    """Nesterov momentum of stochastic gradient descent."""
     weight_decay: NotNegative = 5e-4
     """Weight decay of everything but the gates."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

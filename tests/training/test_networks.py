@@ -92,7 +92,7 @@ def test_settings_of_a_family_are_options_and_belong_to_its_networks_only(packag
     # The default network is still the same, and a setting of two families has both descriptions.
     text = " ".join(help.replace("│", " ").split())
     assert "[default: resnet8]" in text
-    assert "Whether the network has gates. Whether gates would be there. [default: on]" in text
+    assert "Whether gates would be there. [default: on]" in text
     for settings, line in [
         (("--network", "perceptron", "--width", "8"), "width is not a setting of perceptron"),
         (("--neurons", "8"), "neurons is not a setting of resnet8"),

@@ -63,6 +63,7 @@ class Data:
         std: standard deviation of each channel over the training images.
         padding: number of pixels by which an image may be shifted without losing its class.
         flip: whether a flip from left to right keeps the class.
+        validation: images to choose settings on, in neither of the others, if there are any.
     """
 
     train: Images
@@ -73,6 +74,7 @@ class Data:
     std: tuple[float, ...]
     padding: int
     flip: bool
+    validation: Images | None = None
 
     def normalize(self, images: Tensor) -> Tensor:
         """Floating-point images, whose channels have mean 0 and standard deviation 1 in training."""

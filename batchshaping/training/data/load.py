@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from batchshaping.training.data.canvases import CANVASES, CENTRED_CANVASES
 from batchshaping.training.data.cifar import CIFAR10, CIFAR100
 from batchshaping.training.data.dataset import Data, fewer
 from batchshaping.training.data.digits import digits
@@ -41,5 +42,7 @@ _LOADERS: dict[str, Callable[[DataSettings], Data]] = {
     "fashion-mnist": fashion_mnist,
     "cifar10": CIFAR10,
     "cifar100": CIFAR100,
+    "canvases": CANVASES,
+    "canvases-centred": CENTRED_CANVASES,
     "folder": folder_of_images,
 }

@@ -1,0 +1,114 @@
+"""Vision Transformers with tokens of two scales: a small one for small images, and timm's for large ones."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from batchshaping.mixed_scale.msvit import MSViT
+from batchshaping.training.networks.network import Network
+from batchshaping.training.sections import Count
+
+__all__ = ["TIMM_NETWORKS", "MixedScaleViT"]
+
+TIMM_NETWORKS = {f"msvit-{size}16": f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
+"""Names of the networks for large images, with those that timm has for the ViTs in them."""
+
+
+class MixedScaleViT(Network):
+    """A Vision Transformer with a gate for each region of the image, or the same without gates.
+
+    Example:
+        >>> import torch
+        >>> network = MixedScaleViT(network="msvit-mini").build(classes=10, shape=(1, 64, 64))
+        >>> network(torch.randn(2, 1, 64, 64)).shape, network.gate.decisions.shape
+        (torch.Size([2, 10]), torch.Size([2, 16]))
+    """
+
+    kind = "mixed-scale tokens"
+    names = ("msvit-mini", *TIMM_NETWORKS)
+
+    patch: Count = 8
+    """Number of pixels along the side of a fine patch of a small ViT (msvit-mini)."""
+    embedding: Count = 64
+    """Width of the tokens of a small ViT."""
+    depth: Count = 3
+    """Number of blocks of a small ViT."""
+    heads: Count = 4
+    """Number of attention heads of a small ViT."""
+    pretrained: bool = False
+    """Whether a ViT for large images starts from timm's weights."""
+    gated: bool = True
+    """Whether the tokens have two scales, chosen by gates."""
+    coarse_side: Annotated[int, Field(ge=2, le=4, multiple_of=2)] = 2
+    """Number of patches along the side of a coarse region."""
+    scale_hidden: Count = 32
+    """Width of the hidden layers of the gate that chooses scales."""
+    scale_layers: Count = 4
+    """Number of layers of the gate that chooses scales."""
+    gate_bias: Annotated[float, Field(allow_inf_nan=False)] = 3.0
+    """Added to the gates' initial logits. With 0, half of the regions start fine; with 3, nearly all."""
+
+    @model_validator(mode="after")
+    def _of_this_network(self) -> MixedScaleViT:
+        ignored = ("pretrained",) if self._is_small else ("patch", "embedding", "depth", "heads")
+        for name in ignored:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not a setting of {self.name}")
+        return self
+
+    @property
+    def _is_small(self) -> bool:
+        return self.name not in TIMM_NETWORKS
+
+    @property
+    def reference(self) -> str:
+        if not self._is_small:
+            return f"ViT-{self.name.removeprefix('msvit-').removesuffix('16').capitalize()}/16, all fine"
+        return f"ViT/{self.patch}, width {self.embedding}, depth {self.depth}, {self.heads} heads, all fine"
+
+    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+        channels, *size = shape
+        settings: dict[str, Any] = {"num_classes": classes, "in_chans": channels, "img_size": tuple(size)}
+        patch = self.patch if self._is_small else 16
+        if any(side % patch for side in size):
+            raise ValueError(
+                f"patch must divide the sides of images of {size[0]} x {size[1]} pixels, received {patch}"
+            )
+        vit = self._small(settings) if self._is_small else self._timm(settings)
+        if not self.gated:
+            return vit
+        return MSViT(
+            vit,
+            self.coarse_side * patch,
+            hidden=self.scale_hidden,
+            layers=self.scale_layers,
+            bias=self.gate_bias,
+        )
+
+    def _small(self, settings: dict[str, Any]) -> nn.Module:
+        if self.embedding % self.heads:
+            raise ValueError(f"embedding must be a multiple of {self.heads} heads, received {self.embedding}")
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(
+            patch_size=self.patch,
+            embed_dim=self.embedding,
+            depth=self.depth,
+            num_heads=self.heads,
+            **settings,
+        )
+
+    def _timm(self, settings: dict[str, Any]) -> nn.Module:
+        import timm
+
+        try:
+            vit: nn.Module = timm.create_model(
+                TIMM_NETWORKS[self.name], pretrained=self.pretrained, **settings
+            )
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"pretrained: the download of the weights failed: {reason}") from None
+        return vit
