@@ -11,19 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OrderStatistics", "order_statistics", "ranks"]
+__all__ = ["OrderStatistics", "checked_order", "order_statistics", "ranks"]
 
 
 class OrderStatistics(NamedTuple):
-    """Sorted values of shape (..., N) and, for each, its index before sorting; NaN comes last.
-
-    Attributes:
-        complete: whether it is known that no value is NaN.
-    """
+    """Sorted values of shape (..., N) and, for each, its index before sorting; NaN comes last."""
 
     values: Tensor
     indices: Tensor
-    complete: bool = False
 
     def unsort(self, sorted_values: Tensor) -> Tensor:
         """Put values computed at the order statistics back into the order before sorting."""
@@ -36,17 +31,22 @@ def order_statistics(x: Tensor) -> OrderStatistics:
     On the CPU NumPy's vectorised sort is used, with the same result as ``torch.sort(stable=True)`` except
     that -0.0 may come back as 0.0.
     """
+    return checked_order(x)[0]
+
+
+def checked_order(x: Tensor) -> tuple[OrderStatistics, bool]:
+    """The order statistics of x, and whether it is known that no value is NaN."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if x.device.type == "cpu" and x.numel() and not traced:
         method = _CPU_SORTS.get(x.dtype)
         found = method(x.detach()) if method is not None else None
         if found is not None:
-            return found
-    return OrderStatistics(*torch.sort(x, dim=-1, stable=True))
+            return found, True
+    return OrderStatistics(*torch.sort(x, dim=-1, stable=True)), False
 
 
 def _sort_float32(x: Tensor) -> OrderStatistics | None:
-    """Sort as float64 with the index in the bits that a float32 leaves free; None if that is not exact.
+    """Sort as float64 with the index in the bits that a float32 leaves free; None if not exact, or for NaN.
 
     The index is less than half a unit in the last place of the float32, so that rounding removes it.
     """
@@ -71,7 +71,7 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     values = keys.float()
     if negative:
         bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
-    return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS), complete=True)
+    return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS))
 
 
 def _sort_float64(x: Tensor) -> OrderStatistics | None:
@@ -80,7 +80,7 @@ def _sort_float64(x: Tensor) -> OrderStatistics | None:
     values = x.gather(-1, indices)
     if bool((values[..., 1:] == values[..., :-1]).any()) or bool(values[..., -1].isnan().any()):
         return None
-    return OrderStatistics(values, indices, complete=True)
+    return OrderStatistics(values, indices)
 
 
 # A float32 leaves 29 bits of a float64 free; an index of 28 bits is rounded off.

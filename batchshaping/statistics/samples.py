@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchshaping.statistics.order import order_statistics, ranks
+from batchshaping.statistics.order import checked_order, ranks
 
 __all__ = ["Batch", "Options", "Samples"]
 
@@ -66,11 +66,11 @@ class Samples:
     def __init__(self, batch: Batch, ties: bool) -> None:
         if batch.values.numel() >= _LARGE and batch.values.is_cpu:
             _keep_freed_memory()
-        self.order = order_statistics(batch.values)
+        self.order, complete = checked_order(batch.values)
         self.values = values = self.order.values
         n = values.shape[-1]
         # A NaN is sorted last, behind the infinite values of the padding too.
-        self.broken = None if self.order.complete else values[..., -1].isnan()
+        self.broken = None if complete else values[..., -1].isnan()
         self.contributes: Tensor | None = None
         self.number: Tensor | int = n
         self._column: Tensor | int = n
