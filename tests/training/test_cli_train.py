@@ -81,7 +81,7 @@ def test_options_replace_settings_of_the_file_and_the_rest_is_default() -> None:
     expected = {**settings, **given, "prior": (0.6, 0.4), "noise_end": 0.5}
     config = read_config(Path("first/config.yaml"))
     assert config == RunConfig(**expected)
-    assert yaml.safe_load(Path("first/config.yaml").read_text()).keys() == SETTINGS.keys()
+    assert yaml.safe_load(Path("first/config.yaml").read_text()).keys() == config.model_dump().keys()
     assert f"{result_of('first')['accuracy']:.2%} of 450" in output and "wrote first" in output
 
 
