@@ -54,9 +54,9 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
     n = x.shape[-1]
     if n > _INDEX_BITS:
         return None
-    # Numbers that round to infinity and comparisons with NaN are meant.
+    # Numbers that round to infinity, and comparisons with NaN, are intended here.
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        keys = np.array(x.numpy(), dtype=np.float64, order="C")
+        keys = x.contiguous().numpy().astype(np.float64)
         least, greatest = float(keys.min()), float(keys.max())
         if math.isnan(least):
             return None
@@ -66,18 +66,17 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
             # numbers, so a normal number takes its place that rounds to 0. All other values stay the same.
             np.clip(keys, -_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY, out=keys)
             keys += _ROUNDS_TO_ZERO
-        bits = keys.view(np.int64)
-        bits |= np.arange(n)
+        bits = torch.from_numpy(keys).view(torch.int64)
+        bits |= torch.arange(n, device="cpu")
         # A negative number gets smaller with the index, so its index is counted backwards.
         negative = least < 0
         if negative:
-            bits ^= (bits >> 63) & _INDEX_BITS
+            bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
         keys.sort(axis=-1)
-        values = keys.astype(np.float32)
-        if negative:
-            bits ^= (bits >> 63) & _INDEX_BITS
-        bits &= _INDEX_BITS
-    return OrderStatistics(torch.from_numpy(values), torch.from_numpy(bits))
+        values = torch.from_numpy(keys.astype(np.float32))
+    if negative:
+        bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
+    return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS))
 
 
 def _sort_float64(x: Tensor) -> OrderStatistics | None:
