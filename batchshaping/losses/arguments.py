@@ -36,11 +36,14 @@ _REDUCTIONS: dict[str, _Reduction] = {
 
 def tensors_of(x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """The tensors that are given, checked: one, or those of a list."""
-    tensors = x if isinstance(x, list | tuple) else (x,)
+    if not isinstance(x, list | tuple):
+        check_values(x)
+        return (x,)  # type: ignore[return-value]
+    tensors = x
     if not tensors:
         raise ValueError(f"x must be a tensor or a list of tensors, received an empty {type(x).__name__}")
     for tensor in tensors:
-        if tensors is x and not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor):
             kinds = f"a {type(x).__name__} with a {type(tensor).__name__}"
             raise TypeError(f"x must be a tensor or a list of tensors, received {kinds}")
         check_values(tensor)

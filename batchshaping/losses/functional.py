@@ -164,7 +164,7 @@ def shaping_loss(
     """:func:`batch_shaping` with a history of past batches."""
     statistic, reduce = chosen_statistic(settings.statistic), chosen_reduction(settings.reduction)
     priors = one_for_each(prior, x, "prior")
-    for each in {id(each): each for each in priors}.values():
+    for each in dict(zip(map(id, priors), priors, strict=True)).values():
         check_prior(each)
         check_parameters(each)
     tensors = tensors_of(x)
@@ -191,6 +191,8 @@ def shaping_loss(
         history.remember(current.values, current.counts)
     reduced = reduce(layers, loss if loss.shape == layers.shape else loss.reshape(layers.shape))
     dtype = tensors[0].dtype
+    if loss.dtype == dtype:
+        return reduced
     return [each.to(dtype) for each in reduced] if isinstance(reduced, list) else reduced.to(dtype)
 
 

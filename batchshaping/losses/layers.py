@@ -58,13 +58,13 @@ class Layers:
     def __init__(self, tensors: Tensor | Sequence[Tensor], dim: int | Sequence[int] | None) -> None:
         self.single = isinstance(tensors, Tensor)
         listed = (tensors,) if isinstance(tensors, Tensor) else tensors
-        by_ndim = {ndim: canonical_dims(dim, ndim) for ndim in {tensor.ndim for tensor in listed}}
-        self.dims = [by_ndim[tensor.ndim] for tensor in listed]
-        sized = list(zip((tensor.shape for tensor in listed), self.dims, strict=True))
-        self.samples = [torch.Size([shape[d] for d in dims]).numel() for shape, dims in sized]
-        self.shapes = [
-            torch.Size([size for d, size in enumerate(shape) if d not in dims]) for shape, dims in sized
-        ]
+        dims = {ndim: canonical_dims(dim, ndim) for ndim in {tensor.ndim for tensor in listed}}
+        self.dims = [dims[tensor.ndim] for tensor in listed]
+        self.samples, self.shapes = [], []
+        for tensor, own in zip(listed, self.dims, strict=True):
+            shape = list(tensor.shape)
+            self.samples.append(torch.Size([shape.pop(d) for d in reversed(own)]).numel())
+            self.shapes.append(torch.Size(shape))
         self.sizes = [shape.numel() for shape in self.shapes]
         self.shape = self.shapes[0] if self.single else torch.Size([sum(self.sizes)])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,25 +51,29 @@ def _sort_float32(x: Tensor) -> OrderStatistics | None:
 
     The index is less than half a unit in the last place of the float32, so that rounding removes it.
     """
-    if x.shape[-1] > _INDEX_BITS:
+    n = x.shape[-1]
+    if n > _INDEX_BITS:
         return None
-    keys = torch.empty(x.shape, dtype=torch.float64, device="cpu").copy_(x)
-    least, greatest = map(float, torch.aminmax(keys))
-    if math.isnan(least):
-        return None
-    if not 0.0 < least <= greatest < math.inf:
-        # An infinity has no free bits, so a finite number takes its place that rounds to infinity. A zero
-        # with an index in its bits would be subnormal, and 0 on a processor that flushes subnormal numbers,
-        # so a normal number takes its place that rounds to 0. All other values stay the same.
-        keys.clamp_(-_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY).add_(_ROUNDS_TO_ZERO)
-    bits = keys.view(torch.int64)
-    bits.bitwise_or_(torch.arange(x.shape[-1], device="cpu"))
-    # A negative number gets smaller with the index, so its index is counted backwards.
-    negative = least < 0
-    if negative:
-        bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
-    keys.numpy().sort(axis=-1)
-    values = keys.float()
+    # Numbers that round to infinity, and comparisons with NaN, are intended here.
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        keys = x.contiguous().numpy().astype(np.float64)
+        least, greatest = float(keys.min()), float(keys.max())
+        if math.isnan(least):
+            return None
+        if not 0.0 < least <= greatest < math.inf:
+            # An infinity has no free bits, so a finite number takes its place that rounds to infinity. A zero
+            # with an index in its bits would be subnormal, and 0 on a processor that flushes subnormal
+            # numbers, so a normal number takes its place that rounds to 0. All other values stay the same.
+            np.clip(keys, -_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY, out=keys)
+            keys += _ROUNDS_TO_ZERO
+        bits = torch.from_numpy(keys).view(torch.int64)
+        bits |= torch.arange(n, device="cpu")
+        # A negative number gets smaller with the index, so its index is counted backwards.
+        negative = least < 0
+        if negative:
+            bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
+        keys.sort(axis=-1)
+        values = torch.from_numpy(keys.astype(np.float32))
     if negative:
         bits ^= (bits >> 63).bitwise_and_(_INDEX_BITS)
     return OrderStatistics(values, bits.bitwise_and_(_INDEX_BITS))

@@ -120,6 +120,43 @@ def test_any_one_parameter_pair_serves_many_values(a: float, b: float, single: b
     torch.testing.assert_close(result, scipy(special.betainc, a, b, x), rtol=0, atol=tolerance)
 
 
+@given(st.floats(-2.9, 2.9), st.floats(-2.9, 2.9))
+def test_a_pair_of_numbers_has_the_tails_that_it_has_among_others(log_a: float, log_b: float) -> None:
+    """A pair alone is evaluated in no more steps than it needs, which changes nothing but roundings."""
+    a, b = 10.0**log_a, 10.0**log_b
+    x = torch.cat([torch.as_tensor(special.betaincinv(a, b, np.linspace(0.001, 0.999, 199))), torch.rand(99)])
+    split = (a + 1) / (a + b + 2)
+    x = torch.cat(
+        [x, split * (1 - torch.logspace(-12, 0, 99)), split + (1 - split) * torch.logspace(-12, 0, 99)]
+    )
+    x = x.double().clamp(1e-300, 1 - 1e-16)
+    among = BetaCDF(*(torch.tensor([[p], [p]], dtype=F64) for p in (a, b)), x.dtype).parts(x)
+    alone = fixed_beta_cdf(a, b, x.dtype).parts(x)
+    # The density has an error of its own, which is that of the tail too.
+    found, expected = alone.tail / alone.pdf, among.tail[0] / among.pdf[0]
+    is_normal = (expected > 1e-290) & expected.isfinite() & (among.pdf[0] > 1e-290)
+    torch.testing.assert_close(found[is_normal], expected[is_normal], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(st.floats(-2.0, 0.6), st.floats(-2.0, 0.6))
+def test_values_on_both_sides_are_evaluated_as_those_on_one(
+    dtype: torch.dtype, log_a: float, log_b: float
+) -> None:
+    """Values of both sides and inside of (0, 1) have operations of their own, in few buffers."""
+    cdf = fixed_beta_cdf(10.0**log_a, 10.0**log_b, dtype)
+    x = torch.cat([torch.rand(50, dtype=dtype), torch.tensor([1e-30, 1e-3, 0.999], dtype=dtype)])
+    x = x.clamp(torch.finfo(dtype).smallest_normal, 1 - torch.finfo(dtype).eps)
+    before = x.clone()
+    found = cdf(x)
+    assert torch.equal(x, before)
+    for k in range(len(x)):
+        alone = cdf(x[k : k + 1])
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.cdf[k], alone.cdf[0], rtol=8 * eps, atol=4 * eps)
+        torch.testing.assert_close(found.pdf[k], alone.pdf[0], rtol=16 * eps, atol=0)
+
+
 def test_the_left_tail_is_relatively_exact() -> None:
     a, b, x = 2.0, 6.0, tensor(1e-150, 1e-60, 1e-10, 1e-3)
     expected = tensor(*(float(regularized_beta(a, b, y)) for y in x.tolist()))
