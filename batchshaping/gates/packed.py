@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,7 +60,7 @@ _IS_COMPLETE = None not in (_reorder, _convolution, _convolution_plus, _convolut
 
 def by_onednn(x: Tensor) -> bool:
     """Whether convolutions of x are computed by oneDNN's own operations."""
-    if not _IS_COMPLETE or x.device.type != "cpu" or not torch._C._get_mkldnn_enabled():
+    if not _IS_COMPLETE or not x.is_cpu or not torch._C._get_mkldnn_enabled():
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(_has_bfloat16()))  # type: ignore[misc]
 
@@ -81,7 +81,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings,
         relu: whether a ReLU follows.
     """
     stride, padding, dilation, groups = settings
-    if by_onednn(x):
+    if weight.is_mkldnn or by_onednn(x):
         return _convolution(  # type: ignore[misc]
             x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
         )
@@ -110,7 +110,7 @@ def convolve_add(
         inplace: whether the result takes the place of the other images.
     """
     stride, padding, dilation, groups = settings
-    if by_onednn(x):
+    if weight.is_mkldnn or by_onednn(x):
         after = "relu" if relu else None
         if inplace:
             return _convolution_plus_(  # type: ignore[misc]
@@ -223,27 +223,30 @@ class PackedConvolution(nn.Module):
         if is_plain():
             y = F.conv2d(x, self.weight, self.bias, *self.settings)
             return y.relu_() if self.relu else y
-        return convolve(x, self.packed(x), self.bias, self.settings, self.relu)
+        return convolve(x, *self.whole(x), self.settings, self.relu)
 
-    def packed(self, x: Tensor) -> Tensor:
-        """The whole weights, for these images."""
-        return self.part(x, "all", lambda: self.weight)
+    def whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias, for these images."""
+        return self.parts(x, "whole", lambda: [(self.weight, self.bias)])[0]
 
-    def part(self, x: Tensor, name: Hashable, cut: Callable[[], Tensor]) -> Tensor:
-        """A part of the weights, packed for these images where oneDNN computes them.
+    def parts(
+        self, x: Tensor, name: str, cut: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    ) -> Sequence[tuple[Tensor, Tensor]]:
+        """Parts of the layer, with weights packed for these images where oneDNN computes them.
 
         Args:
             x: the images.
-            name: of the part.
-            cut: makes it of the plain weights.
+            name: of this way to cut the layer.
+            cut: gives the plain weight and the bias of each part.
         """
-        size = (x.shape[2], x.shape[3], min(len(x), 2), by_onednn(x))
-        parts = self._parts.get(size)
-        if parts is None:
-            parts = self._parts_of(size)
-        found = parts.get(name)
+        n, _, height, width = x.shape
+        size = (n > 1, height, width, by_onednn(x))
+        by_name = self._parts.get(size)
+        if by_name is None:
+            by_name = self._parts_of(size)
+        found = by_name.get(name)
         if found is None:
-            found = parts[name] = self._pack(x, cut())
+            found = by_name[name] = [(self._pack(x, weight), bias) for weight, bias in cut()]
         return found
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -257,11 +260,11 @@ class PackedConvolution(nn.Module):
         if not by_onednn(x):
             return weight.contiguous()
         stride, padding, dilation, groups = self.settings
-        shape = (len(x), weight.shape[1] * groups, *x.shape[2:])
+        shape = (x.shape[0], weight.shape[1] * groups, *x.shape[2:])
         packed: Tensor = _reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, shape)
         return packed
 
-    def _parts_of(self, size: Hashable) -> dict[Hashable, Tensor]:
+    def _parts_of(self, size: Hashable) -> dict[str, list[tuple[Tensor, Tensor]]]:
         with self._lock:
             parts = self._parts.setdefault(size, {})
             self._parts.move_to_end(size)
@@ -271,7 +274,7 @@ class PackedConvolution(nn.Module):
 
     def _forget(self) -> None:
         """Drop all that was made of the weights."""
-        self._parts: OrderedDict[Hashable, dict[Hashable, Tensor]] = OrderedDict()
+        self._parts: OrderedDict[Hashable, dict[str, list[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._made: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
