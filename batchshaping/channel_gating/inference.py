@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from batchshaping.gates.channel import ChannelGate, to_channels
 from batchshaping.gates.cost import ConvolutionTerm, Run, convolution_terms
-from batchshaping.gates.gate import Gate
+from batchshaping.gates.gate import Gate, OneStep
 from batchshaping.gates.packed import (
     PackedConvolution,
     channels_last,
@@ -418,7 +418,7 @@ class _Inner(NamedTuple):
         return to_channels(decided.to(y.dtype), self.gate.sizes)[:, :, None, None]
 
 
-class ConditionalBlock(nn.Module):
+class ConditionalBlock(OneStep):
     """A gated residual block for inference, which computes the open channels only.
 
     Args:

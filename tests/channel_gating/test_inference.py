@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import batchshaping as bs
@@ -26,7 +27,7 @@ from batchshaping.channel_gating.inference import ConditionalBlock, SwitchedConv
 from batchshaping.channel_gating.resnets import SmallImageResNet
 from batchshaping.gates import Gate, gate_decisions, gate_probabilities, gates_forced, named_gates
 from batchshaping.gates.gate import keep_every_run
-from batchshaping.gates.packed import PackedConvolution
+from batchshaping.gates.packed import PackedConvolution, only_plain
 
 SHARES = [0.0, 0.3, 0.6, 1.0]
 WAYS = ["masked", "sliced", "gathered", "by group"]
@@ -504,6 +505,24 @@ def test_weights_are_packed_for_the_latest_sizes_and_no_pattern_of_gates_adds_an
         assert all(len(layer._parts) <= PackedConvolution.SHAPES for layer in packed(fast))
 
 
+def test_tracers_follow_a_copy() -> None:
+    network = bs.gate_resnet(
+        with_statistics(torchvision.models.resnet18(num_classes=5)), gates_per_layer=8
+    ).eval()
+    fast, x = bs.conditional_inference(network), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = create_feature_extractor(network, ["layer2", "fc"]).eval()(x)
+        features = create_feature_extractor(fast, ["layer2", "fc"]).eval()
+        found = features(x)
+        exported = torch.export.export(fast.eval(), (x,), strict=False).module()
+        torch.compiler.reset()
+        compiled = torch.compile(fast, backend="eager")
+        outputs = [found["fc"], exported(x), compiled(x), torch.fx.symbolic_trace(fast)(x)]
+    torch.testing.assert_close(found["layer2"], expected["layer2"], rtol=1e-4, atol=1e-4)
+    for y in outputs:
+        torch.testing.assert_close(y, expected["fc"], rtol=1e-4, atol=1e-4)
+
+
 # Plans
 
 
@@ -536,6 +555,25 @@ def test_training_and_gradients_are_refused_in_one_line() -> None:
     fast.train()
     with pytest.raises(RuntimeError, match=r"^an inference copy cannot be trained[^\n]*$"):
         fast(x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_no_silent_number(value: float) -> None:
+    network = make("basic")
+    fast = bs.conditional_inference(network)
+    x = torch.randn(3, 3, 32, 32)
+    x[1, 2, 5, 7] = value
+    with torch.no_grad():
+        expected, found = network(x), fast(x)
+        assert bool(expected[1].isnan().any())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        x[1] = 0
+        torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    assert not only_plain.get()
+    with torch.no_grad():
+        network[3].conv1.weight[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"^weights must be finite, received 3\.conv1\.weight with [^\n]*$"):
+        bs.conditional_inference(network)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(bs.ChannelGate(3, 4))])
