@@ -50,7 +50,7 @@ class DenseBlock(nn.Module):
             h = layer(h)
         other = x if self.downsample is None else self.downsample(x)
         fresh = self.downsample is not None
-        return convolve_add(other, h, last.packed(h), last.bias, last.settings, True, fresh)
+        return convolve_add(other, h, *last.whole(h), last.settings, True, fresh)
 
 
 def dense(resnet: nn.Module) -> nn.Module:

@@ -29,14 +29,12 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchshaping.gates.channel import ChannelGate, to_channels
 from batchshaping.gates.cost import ConvolutionTerm, Run, convolution_terms
-from batchshaping.gates.gate import Gate
+from batchshaping.gates.gate import Gate, OneStep
 from batchshaping.gates.packed import (
     PackedConvolution,
     channels_last,
@@ -71,8 +69,8 @@ class OpenChannels:
 
     def index(self, device: torch.device) -> Tensor:
         """The indices of the open channels."""
-        parts = [np.arange(first, end) for first, end in self.runs]
-        return torch.from_numpy(np.concatenate(parts)).to(device)
+        channels = [channel for first, end in self.runs for channel in range(first, end)]
+        return torch.tensor(channels, device=device)
 
     def select(self, values: Tensor, dim: int) -> Tensor:
         """The values of the open channels along a dimension; a view if they are neighbours."""
@@ -91,7 +89,7 @@ _MANY_RUNS = 16
 
 
 @lru_cache(maxsize=1024)
-def open_channels(sizes: tuple[int, ...], decisions: bytes) -> OpenChannels:
+def open_channels(sizes: tuple[int, ...], decisions: tuple[float, ...]) -> OpenChannels:
     """Which channels gates open.
 
     Args:
@@ -99,19 +97,21 @@ def open_channels(sizes: tuple[int, ...], decisions: bytes) -> OpenChannels:
         decisions: of each gate, 0 or 1.
 
     Example:
-        >>> open_channels((3, 3, 2, 2), bytes([1, 0, 1, 1])).runs
+        >>> open_channels((3, 3, 2, 2), (1.0, 0.0, 1.0, 1.0)).runs
         ((0, 3), (6, 10))
     """
-    is_open = np.frombuffer(decisions, np.bool_)
-    ends = np.cumsum(sizes)
-    padded = np.concatenate([[False], is_open, [False]])
-    edges = np.flatnonzero(padded[1:] != padded[:-1])
-    starts = np.concatenate([[0], ends])
-    runs = tuple((int(starts[a]), int(starts[b])) for a, b in zip(edges[::2], edges[1::2], strict=True))
-    channels = sum(end - first for first, end in runs)
-    return OpenChannels(
-        tuple(int(g) for g in np.flatnonzero(is_open)), runs, channels, channels == int(ends[-1])
-    )
+    gates: list[int] = []
+    runs: list[tuple[int, int]] = []
+    end = 0
+    for gate, (size, is_open) in enumerate(zip(sizes, decisions, strict=True)):
+        first, end = end, end + size
+        if is_open:
+            gates.append(gate)
+            # A neighbour of the last run continues it.
+            begin = runs.pop()[0] if runs and runs[-1][1] == first else first
+            runs.append((begin, end))
+    channels = sum(stop - first for first, stop in runs)
+    return OpenChannels(tuple(gates), tuple(runs), channels, channels == end)
 
 
 # A convolution of open channels
@@ -141,28 +141,21 @@ class SwitchedConvolution(PackedConvolution):
         self.outputs = outputs
         self.unit = layer.in_channels if inputs is None else math.gcd(*inputs)
 
-    # One gate
+    def by_output_gate(self, x: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Weight and bias of the output channels of each gate, for these images."""
+        return self.parts(x, "by output gate", self._cut_outputs)
 
-    def of_output_gate(self, x: Tensor, gate: int) -> Tensor:
-        """The output channels of one gate, from all input channels."""
-        first, end = _range(self.outputs, gate)
-        weight = self.part(x, ("output", gate), lambda: self.weight[first:end])
-        return convolve(x, weight, self.bias[first:end], self.settings, self.relu)
+    def by_input_gate(self, x: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Weight of the input channels of each gate, and the bias of the sum over all, for these images."""
+        return self.parts(x, "by input gate", self._cut_inputs)
 
-    def of_input_gate(self, x: Tensor, gate: int) -> Tensor:
-        """What the input channels of one gate add to all output channels, without the bias."""
-        return convolve(x, self._of_input_gate(x, gate), None, self.settings, relu=False)
+    def _cut_outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.outputs is not None
+        return zip(self.weight.split(self.outputs), self.bias.split(self.outputs), strict=True)
 
-    def add_of_input_gate(
-        self, x: Tensor, gate: int, other: Tensor, bias: bool, relu: bool, inplace: bool
-    ) -> Tensor:
-        """The same, added to other images, with the bias or without."""
-        weight = self._of_input_gate(x, gate)
-        return convolve_add(other, x, weight, self.bias if bias else None, self.settings, relu, inplace)
-
-    def _of_input_gate(self, x: Tensor, gate: int) -> Tensor:
-        first, end = _range(self.inputs, gate)
-        return self.part(x, ("input", gate), lambda: self.weight[:, first:end])
+    def _cut_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.inputs is not None
+        return ((weight, self.bias) for weight in self.weight.split(self.inputs, dim=1))
 
     # All open channels at once
 
@@ -177,10 +170,11 @@ class SwitchedConvolution(PackedConvolution):
         weight = self._gathered(inputs, outputs)
         return convolve(x, weight, outputs.select(self.bias, 0), self.settings, self.relu)
 
-    def is_aligned(self) -> bool:
-        """Whether gates of inputs and of outputs switch the same whole groups of the convolution."""
-        width = len(self.weight) // self.groups
-        return self.inputs == self.outputs and all(size % width == 0 for size in self.inputs or ())
+    def can_be_cut(self) -> bool:
+        """Whether its gates switch whole groups of the convolution, the same of inputs and of outputs."""
+        width = self.weight.shape[0] // self.groups
+        sizes = self.inputs or ()
+        return self.groups == 1 or (self.inputs == self.outputs and all(size % width == 0 for size in sizes))
 
     def add_open(self, x: Tensor, inputs: OpenChannels, other: Tensor, relu: bool, inplace: bool) -> Tensor:
         """What the open input channels, side by side, add to all output channels."""
@@ -304,13 +298,6 @@ class SwitchedConvolution(PackedConvolution):
         return sees.reshape(math.prod(sees.shape[:3]), -1)
 
 
-def _range(sizes: tuple[int, ...] | None, gate: int) -> tuple[int, int]:
-    """The channels of a gate."""
-    assert sizes is not None
-    first = sum(sizes[:gate])
-    return first, first + sizes[gate]
-
-
 def _as_matrix(x: Tensor) -> Tensor:
     """Images in the order of channels_last as a matrix, pixels x channels, without a copy."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
@@ -354,18 +341,18 @@ class FoldedGate(Gate):
         least = torch.promote_types(last.weight.dtype, torch.float32)
         for name, layer, after in (("first", first, norm), ("last", last, None)):
             weight, bias = folded(copy.deepcopy(layer).to(least), after)
-            self.register_buffer(f"{name}_weight", weight)
+            self.register_buffer(f"{name}_weight", weight.t().contiguous())
             self.register_buffer(f"{name}_bias", bias)
         self.to(last.weight.device)
 
     def forward(self, means: Tensor) -> Tensor:
         """Zeros and ones of shape (N, gates)."""
-        hidden = F.linear(means.to(self.first_weight.dtype), self.first_weight, self.first_bias)
-        return self.decide(F.linear(hidden.relu_(), self.last_weight, self.last_bias))
+        hidden = torch.addmm(self.first_bias, means.to(self.first_weight.dtype), self.first_weight)
+        return self.decide(torch.addmm(self.last_bias, hidden.relu_(), self.last_weight))
 
     def _decided(self, logits: Tensor) -> Tensor:
         # The same as binary_concrete in evaluation, without what a gradient would need.
-        return torch.where(logits.isnan(), logits, (logits > 0).to(logits.dtype))
+        return (logits > 0).to(logits.dtype)
 
 
 class Step(NamedTuple):
@@ -392,22 +379,22 @@ class _Batch(NamedTuple):
     Attributes:
         x: its input.
         other: what the residual branch is added to, of the shape of the output.
-        decisions: whether each gate is open, a NumPy array (N, gates of all layers).
+        decisions: for each image whether each gate is open, those of all layers side by side.
         gates: the same, zeros and ones of shape (N, gates), one tensor a layer.
         inplace: whether the result may take the place of ``other``.
     """
 
     x: Tensor
     other: Tensor
-    decisions: Any
+    decisions: Sequence[tuple[float, ...]]
     gates: Sequence[Tensor]
     inplace: bool
 
-    def images(self) -> dict[bytes, list[int]]:
+    def images(self) -> dict[tuple[float, ...], list[int]]:
         """The images that have the same gates, by these."""
-        images: dict[bytes, list[int]] = {}
+        images: dict[tuple[float, ...], list[int]] = {}
         for n, row in enumerate(self.decisions):
-            images.setdefault(row.tobytes(), []).append(n)
+            images.setdefault(row, []).append(n)
         return images
 
 
@@ -415,7 +402,23 @@ _OfOpen = Callable[[Tensor, Tensor, Sequence[OpenChannels], bool], Tensor]
 """Computes images that have the same gates: input, what is added, open channels, whether that is in place."""
 
 
-class ConditionalBlock(nn.Module):
+class _Inner(NamedTuple):
+    """A convolution of a block that has gates, with those, and what follows it if that is no ReLU."""
+
+    convolution: SwitchedConvolution
+    gate: FoldedGate
+    activation: nn.Module | None
+
+    def activated(self, y: Tensor) -> Tensor:
+        """What follows the convolution."""
+        return y if self.activation is None else self.activation(y)
+
+    def mask(self, decided: Tensor, y: Tensor) -> Tensor:
+        """What the gates decided, for each channel."""
+        return to_channels(decided.to(y.dtype), self.gate.sizes)[:, :, None, None]
+
+
+class ConditionalBlock(OneStep):
     """A gated residual block for inference, which computes the open channels only.
 
     Args:
@@ -440,31 +443,39 @@ class ConditionalBlock(nn.Module):
         activation: nn.Module,
     ) -> None:
         super().__init__()
-        self.convolutions: dict[str, tuple[str | None, str | None]] = {}
         self.plans: dict[tuple[int, ...], tuple[tuple[float, str], ...]] = {}
-        before: tuple[str, ChannelGate] | None = None
+        self._inner: list[_Inner] = []
+        names: list[str | None] = [None]
         for step in steps:
             relu = type(step.activation) is nn.ReLU
-            made = SwitchedConvolution(step.layer, step.norm, relu, _sizes(before), _sizes(step.gate))
+            inputs = self._inner[-1].gate.sizes if self._inner else None
+            gate = FoldedGate(step.gate[1]) if step.gate else None
+            outputs = gate.sizes if gate else None
+            made = SwitchedConvolution(step.layer, step.norm, relu, inputs, outputs)
+            follows = None if relu else step.activation
             self.add_module(step.name, made)
-            self.add_module(f"{step.name}_activation", None if relu else step.activation)
-            self.convolutions[step.name] = (before and before[0], step.gate and step.gate[0])
-            before = step.gate
-        for step in steps:
-            if step.gate is not None:
-                self.add_module(step.gate[0], FoldedGate(step.gate[1]))
+            self.add_module(f"{step.name}_activation", follows)
+            names.append(step.gate and step.gate[0])
+            if gate is None:
+                # A tuple, since the module has another name as one of the block.
+                self._last = (made,)
+            else:
+                self._inner.append(_Inner(made, gate, follows))
+        for name, inner in zip(names[1:], self._inner, strict=False):
+            self.add_module(str(name), inner.gate)
+        self._convolutions = {
+            step.name: gates for step, gates in zip(steps, itertools.pairwise(names), strict=True)
+        }
         self.downsample = downsample
         self.end = end
         self.activation = activation
-        # The gates of each layer: how many channels each switches, and where they are among those of all.
-        sizes = [_sizes(step.gate) or () for step in steps[:-1]]
-        ends = [0, *itertools.accumulate(map(len, sizes))]
-        self._layers = [*zip(sizes, ends[:-1], ends[1:], strict=True)]
+        # Whether the last convolution can do all that comes after the sum.
+        self._relu = end is None and type(activation) is nn.ReLU
         self.eval()
 
     def cost_terms(self, run: Run) -> Iterator[ConvolutionTerm]:
         """The convolutions, each with the gates of its input and of its output."""
-        return convolution_terms(run, self.convolutions)
+        return convolution_terms(run, self._convolutions)
 
     def inference_twin(self) -> nn.Module:
         """The block itself, which is one."""
@@ -475,12 +486,12 @@ class ConditionalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
         means = x.mean(dim=(2, 3))
-        gates = [gate(means) for gate in self._gates()]
-        shortcut = x if self.downsample is None else channels_last(self.downsample(x))
+        gates = [inner.gate(means) for inner in self._inner]
+        fresh = self.downsample is not None
+        shortcut = channels_last(self.downsample(x)) if self.downsample is not None else x
         if self.end is None:
-            fresh = self.downsample is not None
             y = self._add_branch(x, shortcut, gates, fresh)
-            return y if self._ends_with_relu() else self.activation(y)
+            return y if self._relu else self.activation(y)
         branch = self._add_branch(x, torch.zeros_like(shortcut), gates, inplace=True)
         return self.activation(self.end(branch) + shortcut)  # type: ignore[no-any-return]
 
@@ -492,121 +503,90 @@ class ConditionalBlock(nn.Module):
         """
         x = channels_last(x)
         shortcut = x if self.downsample is None else channels_last(self.downsample(x))
-        random = np.random.default_rng(0)
+        random = torch.Generator().manual_seed(0)
         plan = []
         for share in _MEASURED_SHARES:
-            decisions = random.random((len(x), self._layers[-1][2])) < share
-            gates = [torch.from_numpy(decisions[:, first:end]).to(x) for _, first, end in self._layers]
-            batch = _Batch(x, shortcut, decisions, gates, inplace=False)
-            ways = {
-                name: partial(way, batch) for name, way in self._ways().items() if self._is_possible(name)
-            }
+            gates = [
+                (torch.rand(len(x), len(inner.gate.sizes), generator=random, device="cpu") < share).to(x)
+                for inner in self._inner
+            ]
+            batch = _Batch(x, shortcut, _rows(gates), gates, inplace=False)
+            ways = {name: partial(way, batch) for name, way in self._ways().items()}
             seconds = _medians(ways, x.device)
             plan.append((share + _MEASURED_SHARES[0] / 2, min(seconds, key=lambda name: seconds[name])))
         self.plans = {**self.plans, _size(x): tuple(plan)}
 
-    def _gates(self) -> list[FoldedGate]:
-        return [self._modules[gate] for _, gate in self.convolutions.values() if gate]  # type: ignore[misc]
-
-    def _switched(self) -> list[SwitchedConvolution]:
-        return [self._modules[name] for name in self.convolutions]  # type: ignore[misc]
-
-    def _activated(self, name: str, y: Tensor) -> Tensor:
-        """What comes after a convolution, where it is no ReLU, which the convolution has done itself."""
-        activation = self._modules[f"{name}_activation"]
-        return y if activation is None else activation(y)
-
-    def _ends_with_relu(self) -> bool:
-        """Whether nothing but a ReLU comes after the sum, so that the last convolution can do it."""
-        return self.end is None and type(self.activation) is nn.ReLU
-
     def _add_branch(self, x: Tensor, other: Tensor, gates: list[Tensor], inplace: bool) -> Tensor:
-        """The residual branch added to other images, with the ReLU if it ends with one."""
+        """The residual branch added to other images, with the ReLU if nothing else comes after the sum."""
         if is_plain():
-            for (name, (_, gate)), decided in zip(self.convolutions.items(), [*gates, None], strict=True):
-                x = self._activated(name, self.get_submodule(name)(x))
-                if decided is not None:
-                    x = x * self._mask(gate, decided, x)
-            y = other + x
-            return y.relu() if self._ends_with_relu() else y
-        together = gates[0] if len(gates) == 1 else torch.cat(gates, dim=1)
-        decisions = together.cpu().numpy() != 0
-        batch = _Batch(x, other, decisions, () if decisions.all() else gates, inplace)
+            for inner, decided in zip(self._inner, gates, strict=True):
+                x = inner.activated(inner.convolution(x))
+                x = x * inner.mask(decided, x)
+            y: Tensor = other + self._last[0](x)
+            return y.relu() if self._relu else y
+        decisions = _rows(gates)
+        if all(map(all, decisions)):
+            return self._masked(_Batch(x, other, decisions, (), inplace))
+        batch = _Batch(x, other, decisions, gates, inplace)
         return self._ways()[self._way(batch)](batch)
-
-    def _mask(self, gate: str | None, decided: Tensor, x: Tensor) -> Tensor:
-        """What gates decided, for each channel of images."""
-        return to_channels(decided.to(x.dtype), self._modules[gate].sizes)[:, :, None, None]  # type: ignore
 
     # Ways for batches
 
     def _ways(self) -> dict[str, Callable[[_Batch], Tensor]]:
-        return {
-            "masked": self._masked,
-            "sliced": lambda batch: self._by_image(batch, self._sliced),
-            "gathered": lambda batch: self._by_image(batch, self._gathered),
-            "by group": self._by_group,
-        }
+        """The ways that this block has, by their names."""
+        ways: dict[str, Callable[[_Batch], Tensor]] = {"masked": self._masked}
+        if all(inner.convolution.can_be_cut() for inner in self._inner):
+            ways["gathered"] = partial(self._by_image, self._gathered)
+            few = all(len(inner.gate.sizes) <= _MANY_RUNS for inner in self._inner)
+            if few and all(inner.convolution.groups == 1 for inner in self._inner):
+                ways["by group"] = self._by_group
+                if len(self._inner) == 1:
+                    ways["sliced"] = partial(self._by_image, self._sliced)
+        return ways
 
     def _way(self, batch: _Batch) -> str:
         """The way that was measured to be the fastest, or a rule of thumb."""
-        if not batch.gates:
-            return "masked"
-        share = float(batch.decisions.mean())
+        share = sum(map(sum, batch.decisions)) / len(batch.decisions) / len(batch.decisions[0])
         plan = self.plans.get(_size(batch.x))
         if plan is not None:
             return next((way for limit, way in plan if share <= limit), "masked")
-        if share > _WORTH_IT or not self._is_possible("gathered"):
+        ways = self._ways()
+        if share > _WORTH_IT or "gathered" not in ways:
             return "masked"
-        if batch.x.device.type != "cpu" and len(batch.x) > 1:
-            return "by group" if self._is_possible("by group") else "masked"
-        few_pixels = batch.other.shape[2] * batch.other.shape[3] <= batch.other.shape[1]
-        return "sliced" if few_pixels and self._is_possible("sliced") else "gathered"
-
-    def _is_possible(self, way: str) -> bool:
-        """Whether a way exists for this block."""
-        if way == "masked":
-            return True
-        middle = [layer for layer in self._switched() if layer.groups > 1]
-        if any(not layer.is_aligned() for layer in middle):
-            return False
-        if way == "gathered":
-            return True
-        if max(end - first for _, first, end in self._layers) > _MANY_RUNS:
-            return False
-        return not middle and (way == "by group" or len(self.convolutions) == 2)
+        n, channels, height, width = batch.other.shape
+        if not batch.x.is_cpu and n > 1:
+            return "by group" if "by group" in ways else "masked"
+        return "sliced" if "sliced" in ways and height * width <= channels else "gathered"
 
     def _masked(self, batch: _Batch) -> Tensor:
         """All channels; closed ones are set to zero."""
         h = batch.x
-        *inner, (last, _) = self.convolutions.items()
-        for (name, (_, gate)), decided in zip(inner, batch.gates or (None,) * len(inner), strict=True):
-            h = self._activated(name, self.get_submodule(name)(h))
+        for inner, decided in itertools.zip_longest(self._inner, batch.gates):
+            h = inner.activated(inner.convolution(h))
             if decided is not None:
-                h = h * self._mask(gate, decided, h)
-        layer: Any = self._modules[last]
-        relu = self._ends_with_relu()
-        return convolve_add(batch.other, h, layer.packed(h), layer.bias, layer.settings, relu, batch.inplace)
+                h = h * inner.mask(decided, h)
+        (last,) = self._last
+        weight, bias = last.whole(h)
+        return convolve_add(batch.other, h, weight, bias, last.settings, self._relu, batch.inplace)
 
-    def _by_image(self, batch: _Batch, way: _OfOpen) -> Tensor:
+    def _by_image(self, way: _OfOpen, batch: _Batch) -> Tensor:
         """Images with the same gates together, others side by side."""
         images = batch.images()
         if len(images) == 1:
-            (key,) = images
-            return way(batch.x, batch.other, self._open(key), batch.inplace)
+            return way(batch.x, batch.other, self._open(batch.decisions[0]), batch.inplace)
         y = batch.other if batch.inplace else batch.other.clone()
 
-        def compute(key: bytes, which: list[int]) -> None:
+        def compute(decisions: tuple[float, ...], which: list[int]) -> None:
             if len(which) == 1:
                 image = slice(which[0], which[0] + 1)
-                way(batch.x[image], y[image], self._open(key), True)
+                way(batch.x[image], y[image], self._open(decisions), True)
             else:
                 index = torch.tensor(which, device=y.device)
                 x, other = (channels_last(values.index_select(0, index)) for values in (batch.x, y))
-                y.index_copy_(0, index, way(x, other, self._open(key), True))
+                y.index_copy_(0, index, way(x, other, self._open(decisions), True))
 
-        tasks = [partial(compute, key, which) for key, which in images.items()]
-        threads = torch.get_num_threads() if y.device.type == "cpu" else 1
+        tasks = [partial(compute, decisions, which) for decisions, which in images.items()]
+        threads = torch.get_num_threads() if y.is_cpu else 1
         if threads > 1 and len(tasks) >= 2 * threads:
             side_by_side(tasks, threads)
         else:
@@ -616,61 +596,74 @@ class ConditionalBlock(nn.Module):
 
     def _by_group(self, batch: _Batch) -> Tensor:
         """Gate by gate, each for the images that have it open."""
-        *inner, last = self._switched()
-        names = [*self.convolutions]
+        (last,) = self._last
         h, y = batch.x, batch.other if batch.inplace else batch.other.clone()
         y += last.bias.reshape(-1, 1, 1)
-        for k, (layer, (sizes, begin, end)) in enumerate(zip(inner, self._layers, strict=True)):
-            is_last = k == len(inner) - 1
-            inside = None if is_last else channels_last(h.new_zeros(len(h), sum(sizes), *layer.size(h)))
-            for gate in range(end - begin):
-                which = np.flatnonzero(batch.decisions[:, begin + gate])
-                if len(which) == 0:
+        columns = [*zip(*batch.decisions, strict=True)]
+        for inner in self._inner:
+            layer, sizes = inner.convolution, inner.gate.sizes
+            is_last = inner is self._inner[-1]
+            channels = 0 if is_last else sum(sizes)
+            outputs = channels_last(h.new_zeros(h.shape[0], channels, *layer.size(h)))
+            parts = outputs.split(sizes, dim=1) if channels else ()
+            for gate, decisions in enumerate(columns[: len(sizes)]):
+                which = [n for n, is_open in enumerate(decisions) if is_open]
+                if not which:
                     continue
-                index = torch.from_numpy(which).to(h.device)
-                x = h if len(which) == len(h) else channels_last(h.index_select(0, index))
-                part = self._activated(names[k], layer.of_output_gate(x, gate))
-                if inside is not None:
-                    first, stop = _range(sizes, gate)
-                    inside[:, first:stop].index_copy_(0, index, part)
+                index = torch.tensor(which, device=h.device)
+                x = h if len(which) == h.shape[0] else channels_last(h.index_select(0, index))
+                weight, bias = layer.by_output_gate(x)[gate]
+                part = inner.activated(convolve(x, weight, bias, layer.settings, layer.relu))
+                if is_last:
+                    weight, _ = last.by_input_gate(part)[gate]
+                    y.index_add_(0, index, convolve(part, weight, None, last.settings, relu=False))
                 else:
-                    y.index_add_(0, index, last.of_input_gate(part, gate))
-            h = h if inside is None else inside
-        return y.relu_() if self._ends_with_relu() else y
+                    parts[gate].index_copy_(0, index, part)
+            del columns[: len(sizes)]
+            h = outputs
+        return y.relu_() if self._relu else y
 
     # Ways for images that have the same gates
 
-    def _open(self, key: bytes) -> list[OpenChannels]:
-        return [open_channels(sizes, key[first:end]) for sizes, first, end in self._layers]
+    def _open(self, decisions: tuple[float, ...]) -> list[OpenChannels]:
+        opened, at = [], 0
+        for inner in self._inner:
+            sizes = inner.gate.sizes
+            opened.append(open_channels(sizes, decisions[at : at + len(sizes)]))
+            at += len(sizes)
+        return opened
 
     def _sliced(self, x: Tensor, other: Tensor, opened: Sequence[OpenChannels], inplace: bool) -> Tensor:
         """One open gate after the other, in a block of two convolutions."""
-        first, last = self._switched()
-        name, relu = next(iter(self.convolutions)), self._ends_with_relu()
         gates = opened[0].gates
-        for k, gate in enumerate(gates):
-            part = self._activated(name, first.of_output_gate(x, gate))
-            is_last = k == len(gates) - 1
-            other = last.add_of_input_gate(part, gate, other, k == 0, relu and is_last, inplace or k > 0)
-        return other if gates else self._closed(other, inplace)
+        if not gates:
+            return self._closed(other, inplace)
+        (inner,), (last,) = self._inner, self._last
+        first = inner.convolution
+        outputs, inputs = first.by_output_gate(x), last.by_input_gate(x)
+        bias: Tensor | None = last.bias
+        for gate in gates:
+            part = inner.activated(convolve(x, *outputs[gate], first.settings, first.relu))
+            relu = self._relu and gate == gates[-1]
+            other = convolve_add(other, part, inputs[gate][0], bias, last.settings, relu, inplace)
+            bias, inplace = None, True
+        return other
 
     def _gathered(self, x: Tensor, other: Tensor, opened: Sequence[OpenChannels], inplace: bool) -> Tensor:
         """The open channels of each convolution side by side."""
         if opened[-1].channels == 0:
             return self._closed(other, inplace)
-        *inner, last = self._switched()
         before: OpenChannels | None = None
-        for name, layer, now in zip(self.convolutions, inner, opened, strict=False):
-            x = self._activated(name, layer.of_open(x, before, now))
+        for inner, now in zip(self._inner, opened, strict=True):
+            x = inner.activated(inner.convolution.of_open(x, before, now))
             before = now
-        assert before is not None
-        return last.add_open(x, before, other, self._ends_with_relu(), inplace)
+        return self._last[0].add_open(x, opened[-1], other, self._relu, inplace)
 
     def _closed(self, other: Tensor, inplace: bool) -> Tensor:
         """Nothing but the shortcut and the bias."""
-        bias = self._switched()[-1].bias.reshape(-1, 1, 1)
+        bias = self._last[0].bias.reshape(-1, 1, 1)
         y = other.add_(bias) if inplace else other + bias
-        return y.relu_() if self._ends_with_relu() else y
+        return y.relu_() if self._relu else y
 
 
 _WORTH_IT = 0.85
@@ -680,17 +673,16 @@ _MEASURED_SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of open gates for which the ways are measured."""
 
 
-def _sizes(gate: tuple[str, ChannelGate] | None) -> tuple[int, ...] | None:
-    """How many channels each gate switches."""
-    if gate is None:
-        return None
-    last: Any = gate[1].to_logits[-1]
-    return gate[1].sizes or (1,) * last.out_features
+def _rows(gates: Sequence[Tensor]) -> list[tuple[float, ...]]:
+    """What was decided for each image, the gates of all layers side by side."""
+    together = gates[0] if len(gates) == 1 else torch.cat([*gates], dim=1)
+    return [*map(tuple, together.tolist())]
 
 
 def _size(x: Tensor) -> tuple[int, ...]:
     """What a plan depends on: the size of the images, and whether there are several."""
-    return (min(len(x), 2), *x.shape[2:])
+    n, _, height, width = x.shape
+    return min(n, 2), height, width
 
 
 def _medians(candidates: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:

@@ -33,6 +33,8 @@ class _Forced:
         self.passes += not is_recomputing()
 
     def __call__(self, logits: Tensor, gate: int) -> Tensor:
+        if self.share in (0, 1):
+            return torch.full_like(logits, self.share)
         uniform = np.random.default_rng([self.seed, gate, self.passes]).random(logits.shape)
         return torch.from_numpy(uniform < self.share).to(logits)
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 __all__ = [
     "ForwardPasses",
     "Gate",
+    "OneStep",
     "binary_concrete",
     "gate_decisions",
     "gate_probabilities",
@@ -91,7 +92,23 @@ class _NoForwardPass(AttributeError, RuntimeError):
     """Raised where a gate is read that has not run. As an AttributeError it makes ``hasattr`` False."""
 
 
-class Gate(nn.Module):
+class OneStep(nn.Module):
+    """A module whose call torch.fx records as one step, whatever the tracer takes for a step."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, fx.Proxy):
+                return self._recorded(value.tracer, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _recorded(self, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+        return tracer.call_module(self, forward, args, kwargs)
+
+
+class Gate(OneStep):
     r"""A module that decides 0 or 1 for each example and keeps its logits for the losses that shape it.
 
     A subclass computes logits of shape (N, ...) in its forward pass and gives them to :meth:`decide`.
@@ -252,20 +269,6 @@ class Gate(nn.Module):
             if isinstance(attribute, property) and attribute.fget is not None:
                 return attribute.fget(self)
             raise
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, fx.Proxy):
-                return self._recorded(value.tracer, args, kwargs)
-        return super().__call__(*args, **kwargs)
-
-    def _recorded(self, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call as one step of the graph that torch.fx makes, whatever the tracer takes for a step."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
-
-        return tracer.call_module(self, forward, args, kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Gate:
         # No state dict has the noise. So its value outlives what drops values: to_empty, the meta device.

@@ -8,6 +8,7 @@ All other convolutions get the batch normalization and the ReLU after them folde
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchshaping.gates.gate import ForwardPasses, Gate, named_gates
-from batchshaping.gates.packed import PackedConvolution, can_be_folded, can_be_packed
+from batchshaping.gates.packed import (
+    PackedConvolution,
+    by_onednn,
+    can_be_folded,
+    can_be_packed,
+    is_plain,
+    only_plain,
+)
 
 __all__ = ["Conditional", "Planned", "conditional_inference", "fold_and_pack"]
 
@@ -67,7 +75,8 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
         A module of the class of the network, in evaluation.
 
     Raises:
-        ValueError: if the model has no gates, or none that switch something in a module that can be replaced.
+        ValueError: if the model has no gates, or none that switch something in a module that can be replaced;
+            or if a weight is not finite.
 
     Example:
         >>> import batchshaping as bs
@@ -78,6 +87,9 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
         True
     """
     named_gates(model)
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise ValueError(f"weights must be finite, received {name} with a value that is not")
     if not any(isinstance(module, Conditional) for module in model.modules()):
         raise ValueError(
             "model must hold a module that knows how to compute only what is open, as the blocks of "
@@ -95,7 +107,8 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
             passes = getattr(hook, "__self__", None)
             if isinstance(passes, ForwardPasses):
                 passes.follow(module)
-    made.register_forward_pre_hook(_refuse_training)
+    made.register_forward_pre_hook(_begin)
+    made.register_forward_hook(_end, always_call=True)
     made.eval()
     if example is not None:
         _measure_plans(made, example)
@@ -111,13 +124,24 @@ def _replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Mod
     return others.get(model, model)
 
 
-def _refuse_training(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _begin(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse training, and keep what is not finite visible."""
     if model.training:
         raise RuntimeError(
             "an inference copy cannot be trained: call eval() on it, and train the network itself"
         )
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError("an inference copy gives no gradient, received an input that requires one")
+    # oneDNN's ReLU makes zeros of NaN.
+    tracing = is_plain() or any(isinstance(x, fx.Proxy) for x in inputs)
+    if not tracing and any(by_onednn(x, x) and not math.isfinite(x.sum().item()) for x in tensors):
+        only_plain.set(True)
+
+
+def _end(model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    if only_plain.get():
+        only_plain.set(False)
 
 
 def _measure_plans(model: nn.Module, example: Tensor) -> None:

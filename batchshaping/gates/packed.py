@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,8 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchshaping.gates.cost import is_measuring
+from batchshaping.gates.gate import OneStep
 
-__all__ = ["PackedConvolution", "Settings", "channels_last", "convolve", "convolve_add", "folded"]
+__all__ = [
+    "PackedConvolution",
+    "Settings",
+    "by_onednn",
+    "can_be_folded",
+    "can_be_packed",
+    "channels_last",
+    "convolve",
+    "convolve_add",
+    "folded",
+    "is_plain",
+    "only_plain",
+]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -58,11 +72,11 @@ _has_bfloat16 = _operation("_is_mkldnn_bf16_supported", "default")
 _IS_COMPLETE = None not in (_reorder, _convolution, _convolution_plus, _convolution_plus_, _has_bfloat16)
 
 
-def by_onednn(x: Tensor) -> bool:
-    """Whether convolutions of x are computed by oneDNN's own operations."""
-    if not _IS_COMPLETE or x.device.type != "cpu" or not torch._C._get_mkldnn_enabled():
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of x is computed by oneDNN's own operations."""
+    if not _IS_COMPLETE or not x.is_cpu or x.dtype is not weight.dtype or not torch._C._get_mkldnn_enabled():
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(_has_bfloat16()))  # type: ignore[misc]
+    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and bool(_has_bfloat16()))  # type: ignore[misc]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -81,7 +95,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings,
         relu: whether a ReLU follows.
     """
     stride, padding, dilation, groups = settings
-    if by_onednn(x):
+    if weight.is_mkldnn or by_onednn(x, weight):
         return _convolution(  # type: ignore[misc]
             x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
         )
@@ -110,7 +124,7 @@ def convolve_add(
         inplace: whether the result takes the place of the other images.
     """
     stride, padding, dilation, groups = settings
-    if by_onednn(x):
+    if weight.is_mkldnn or by_onednn(x, weight):
         after = "relu" if relu else None
         if inplace:
             return _convolution_plus_(  # type: ignore[misc]
@@ -173,7 +187,7 @@ def can_be_packed(layer: nn.Module) -> bool:
     )
 
 
-class PackedConvolution(nn.Module):
+class PackedConvolution(OneStep):
     """A convolution for inference, with the batch normalization and the ReLU that follow it.
 
     Weight and bias are buffers: there is nothing to learn in it. Packed weights are made when images of a new
@@ -223,27 +237,30 @@ class PackedConvolution(nn.Module):
         if is_plain():
             y = F.conv2d(x, self.weight, self.bias, *self.settings)
             return y.relu_() if self.relu else y
-        return convolve(x, self.packed(x), self.bias, self.settings, self.relu)
+        return convolve(x, *self.whole(x), self.settings, self.relu)
 
-    def packed(self, x: Tensor) -> Tensor:
-        """The whole weights, for these images."""
-        return self.part(x, "all", lambda: self.weight)
+    def whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias, for these images."""
+        return self.parts(x, "whole", lambda: [(self.weight, self.bias)])[0]
 
-    def part(self, x: Tensor, name: Hashable, cut: Callable[[], Tensor]) -> Tensor:
-        """A part of the weights, packed for these images where oneDNN computes them.
+    def parts(
+        self, x: Tensor, name: str, cut: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    ) -> Sequence[tuple[Tensor, Tensor]]:
+        """Parts of the layer, with weights packed for these images where oneDNN computes them.
 
         Args:
             x: the images.
-            name: of the part.
-            cut: makes it of the plain weights.
+            name: of this way to cut the layer.
+            cut: gives the plain weight and the bias of each part.
         """
-        size = (x.shape[2], x.shape[3], min(len(x), 2), by_onednn(x))
-        parts = self._parts.get(size)
-        if parts is None:
-            parts = self._parts_of(size)
-        found = parts.get(name)
+        n, _, height, width = x.shape
+        size = (n > 1, height, width, by_onednn(x, self.weight))
+        by_name = self._parts.get(size)
+        if by_name is None:
+            by_name = self._parts_of(size)
+        found = by_name.get(name)
         if found is None:
-            found = parts[name] = self._pack(x, cut())
+            found = by_name[name] = [(self._pack(x, weight), bias) for weight, bias in cut()]
         return found
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -254,14 +271,14 @@ class PackedConvolution(nn.Module):
         return found
 
     def _pack(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not by_onednn(x):
+        if not by_onednn(x, weight):
             return weight.contiguous()
         stride, padding, dilation, groups = self.settings
-        shape = (len(x), weight.shape[1] * groups, *x.shape[2:])
+        shape = (x.shape[0], weight.shape[1] * groups, *x.shape[2:])
         packed: Tensor = _reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, shape)
         return packed
 
-    def _parts_of(self, size: Hashable) -> dict[Hashable, Tensor]:
+    def _parts_of(self, size: Hashable) -> dict[str, list[tuple[Tensor, Tensor]]]:
         with self._lock:
             parts = self._parts.setdefault(size, {})
             self._parts.move_to_end(size)
@@ -271,7 +288,7 @@ class PackedConvolution(nn.Module):
 
     def _forget(self) -> None:
         """Drop all that was made of the weights."""
-        self._parts: OrderedDict[Hashable, dict[Hashable, Tensor]] = OrderedDict()
+        self._parts: OrderedDict[Hashable, dict[str, list[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._made: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -299,9 +316,13 @@ class PackedConvolution(nn.Module):
         return f"{channels}, kernel_size={size}, {settings}, relu={self.relu}"
 
 
+only_plain: ContextVar[bool] = ContextVar("only_plain", default=False)
+"""Whether only operations of PyTorch's own may run in this thread."""
+
+
 def is_plain() -> bool:
-    """Whether only operations of PyTorch's own may run: while they are counted, compiled or exported."""
-    return is_measuring() or torch.compiler.is_compiling()
+    """Whether only operations of PyTorch's own may run, as while they are counted, compiled or exported."""
+    return only_plain.get() or is_measuring() or torch.compiler.is_compiling()
 
 
 def _two(padding: Any) -> tuple[int, int]:
