@@ -273,7 +273,10 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 _CHECKSUM_LINE = re.compile(r"# sha256 of the settings below: ([0-9a-f]{64})\n")
 
-_AFTER_CHECKSUMS = {"threads"}
+_AFTER_CHECKSUMS = {
+    *("gates_per_layer", "hyperprior", "hyperprior_weight", "optimizer", "prior_learning_rate"),
+    *("temperature_weight", "threads"),
+}
 """Settings that are as old as the checksum line or younger, and thus in no file without one."""
 
 _LARGEST_FILE = 2**16

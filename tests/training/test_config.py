@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -650,3 +651,20 @@ def test_there_are_three_configurations() -> None:
         "imagenet_resnet34",
         "imagenet_resnet50",
     }
+
+
+# All settings that there were before files had a checksum.
+BEFORE_CHECKSUMS = """
+network width stem_stride pretrained gated hidden gate_bias data data_folder download image_size train_images
+augment workers budget penalty penalty_begin penalty_end penalized shaping shaping_end prior noise_end epochs
+batch_size accumulate learning_rate gate_learning_rate schedule milestones momentum weight_decay accelerator
+devices nodes precision sync_batch_norm seed evaluate_every logger log_every
+"""
+
+
+def test_a_file_from_before_there_were_checksums_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    write_config(RunConfig(epochs=3), path)
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.dump({name: settings[name] for name in BEFORE_CHECKSUMS.split()}))
+    assert read_whole_config(path) == RunConfig(epochs=3)
