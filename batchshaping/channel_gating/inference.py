@@ -149,13 +149,21 @@ class SwitchedConvolution(PackedConvolution):
         """Weight of the input channels of each gate, and the bias of the sum over all, for these images."""
         return self.parts(x, "by input gate", self._cut_inputs)
 
+    def plain_by_output_gate(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """The same for any images, with plain weights."""
+        return self.kept("by output gate", self._cut_outputs)
+
+    def plain_by_input_gate(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """The same for any images, with plain weights."""
+        return self.kept("by input gate", self._cut_inputs)
+
     def _cut_outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         assert self.outputs is not None
         return zip(self.weight.split(self.outputs), self.bias.split(self.outputs), strict=True)
 
     def _cut_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         assert self.inputs is not None
-        return ((weight, self.bias) for weight in self.weight.split(self.inputs, dim=1))
+        return ((channels_last(weight), self.bias) for weight in self.weight.split(self.inputs, dim=1))
 
     # All open channels at once
 
@@ -260,7 +268,7 @@ class SwitchedConvolution(PackedConvolution):
             return
         rows = self.weight[0, 0].numel()
         if len(inputs.runs) > _MANY_RUNS:
-            by_input = self.kept("by input", lambda: self._matrix().t().contiguous())
+            (by_input,) = self.kept("by input", lambda: [self._matrix().t().contiguous()])
             by_unit = by_input.view(-1, rows * self.unit, by_input.shape[1])
             unit = inputs.index(x.device)[:: self.unit] // self.unit
             yield columns, by_unit.index_select(0, unit).flatten(0, 1)
@@ -273,7 +281,8 @@ class SwitchedConvolution(PackedConvolution):
 
     def _matrix(self) -> Tensor:
         """The weights, output channels x rows: unit by unit of input channels, place by place within it."""
-        return self.kept("matrix", self._make_matrix)
+        (matrix,) = self.kept("matrix", lambda: [self._make_matrix()])
+        return matrix
 
     def _make_matrix(self) -> Tensor:
         outputs, _, height, width = self.weight.shape
@@ -389,13 +398,6 @@ class _Batch(NamedTuple):
     decisions: Sequence[tuple[float, ...]]
     gates: Sequence[Tensor]
     inplace: bool
-
-    def images(self) -> dict[tuple[float, ...], list[int]]:
-        """The images that have the same gates, by these."""
-        images: dict[tuple[float, ...], list[int]] = {}
-        for n, row in enumerate(self.decisions):
-            images.setdefault(row, []).append(n)
-        return images
 
 
 _OfOpen = Callable[[Tensor, Tensor, Sequence[OpenChannels], bool], Tensor]
@@ -570,22 +572,15 @@ class ConditionalBlock(OneStep):
         return convolve_add(batch.other, h, weight, bias, last.settings, self._relu, batch.inplace)
 
     def _by_image(self, way: _OfOpen, batch: _Batch) -> Tensor:
-        """Images with the same gates together, others side by side."""
-        images = batch.images()
-        if len(images) == 1:
+        """Images one by one, side by side; together if all have the same gates."""
+        if len({*batch.decisions}) == 1:
             return way(batch.x, batch.other, self._open(batch.decisions[0]), batch.inplace)
         y = batch.other if batch.inplace else batch.other.clone()
 
-        def compute(decisions: tuple[float, ...], which: list[int]) -> None:
-            if len(which) == 1:
-                image = slice(which[0], which[0] + 1)
-                way(batch.x[image], y[image], self._open(decisions), True)
-            else:
-                index = torch.tensor(which, device=y.device)
-                x, other = (channels_last(values.index_select(0, index)) for values in (batch.x, y))
-                y.index_copy_(0, index, way(x, other, self._open(decisions), True))
+        def compute(n: int, decisions: tuple[float, ...]) -> None:
+            way(batch.x[n : n + 1], y[n : n + 1], self._open(decisions), True)
 
-        tasks = [partial(compute, decisions, which) for decisions, which in images.items()]
+        tasks = [partial(compute, n, decisions) for n, decisions in enumerate(batch.decisions)]
         threads = torch.get_num_threads() if y.is_cpu else 1
         if threads > 1 and len(tasks) >= 2 * threads:
             side_by_side(tasks, threads)
@@ -612,10 +607,10 @@ class ConditionalBlock(OneStep):
                     continue
                 index = torch.tensor(which, device=h.device)
                 x = h if len(which) == h.shape[0] else channels_last(h.index_select(0, index))
-                weight, bias = layer.by_output_gate(x)[gate]
+                weight, bias = layer.plain_by_output_gate()[gate]
                 part = inner.activated(convolve(x, weight, bias, layer.settings, layer.relu))
                 if is_last:
-                    weight, _ = last.by_input_gate(part)[gate]
+                    weight, _ = last.plain_by_input_gate()[gate]
                     y.index_add_(0, index, convolve(part, weight, None, last.settings, relu=False))
                 else:
                     parts[gate].index_copy_(0, index, part)
@@ -640,12 +635,13 @@ class ConditionalBlock(OneStep):
             return self._closed(other, inplace)
         (inner,), (last,) = self._inner, self._last
         first = inner.convolution
-        outputs, inputs = first.by_output_gate(x), last.by_input_gate(x)
+        outputs = first.by_output_gate(x)
         bias: Tensor | None = last.bias
         for gate in gates:
             part = inner.activated(convolve(x, *outputs[gate], first.settings, first.relu))
             relu = self._relu and gate == gates[-1]
-            other = convolve_add(other, part, inputs[gate][0], bias, last.settings, relu, inplace)
+            weight, _ = last.by_input_gate(part)[gate]
+            other = convolve_add(other, part, weight, bias, last.settings, relu, inplace)
             bias, inplace = None, True
         return other
 

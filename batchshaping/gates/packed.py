@@ -42,7 +42,7 @@ __all__ = [
     "only_plain",
 ]
 
-_Module = TypeVar("_Module", bound=nn.Module)
+_Made = TypeVar("_Made")
 
 
 class Settings(NamedTuple):
@@ -208,8 +208,8 @@ class PackedConvolution(OneStep):
     weight: Tensor
     bias: Tensor
 
-    SHAPES = 2
-    """For how many sizes of images, the latest ones, packed weights are kept."""
+    SIZES = 4
+    """For how many sizes of batches, the latest new ones, packed weights are kept."""
 
     def __init__(self, layer: nn.Conv2d, norm: nn.Module | None = None, relu: bool = False) -> None:
         super().__init__()
@@ -248,48 +248,53 @@ class PackedConvolution(OneStep):
     ) -> Sequence[tuple[Tensor, Tensor]]:
         """Parts of the layer, with weights packed for these images where oneDNN computes them.
 
+        The order of packed weights depends on how many images there are, on their size and on the number of
+        threads. In another order they are slower than plain ones. So they are packed when this comes for the
+        second time.
+
         Args:
             x: the images.
             name: of this way to cut the layer.
             cut: gives the plain weight and the bias of each part.
         """
+        if not by_onednn(x, self.weight):
+            return self.kept(name, cut)
         n, _, height, width = x.shape
-        size = (n > 1, height, width, by_onednn(x, self.weight))
-        by_name = self._parts.get(size)
+        by_name = self._parts_for((n, height, width, torch.get_num_threads()))
         if by_name is None:
-            by_name = self._parts_of(size)
+            return self.kept(name, cut)
         found = by_name.get(name)
         if found is None:
-            found = by_name[name] = [(self._pack(x, weight), bias) for weight, bias in cut()]
+            found = by_name[name] = [(self._pack(x, weight), bias) for weight, bias in self.kept(name, cut)]
         return found
 
-    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is made of the plain weights once."""
+    def kept(self, name: str, make: Callable[[], Iterable[_Made]]) -> list[_Made]:
+        """What is made of the plain weights, once."""
         found = self._made.get(name)
         if found is None:
-            found = self._made[name] = make()
+            found = self._made[name] = [*make()]
         return found
 
     def _pack(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not by_onednn(x, weight):
-            return weight.contiguous()
         stride, padding, dilation, groups = self.settings
         shape = (x.shape[0], weight.shape[1] * groups, *x.shape[2:])
         packed: Tensor = _reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, shape)
         return packed
 
-    def _parts_of(self, size: Hashable) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        with self._lock:
-            parts = self._parts.setdefault(size, {})
-            self._parts.move_to_end(size)
-            while len(self._parts) > self.SHAPES:
-                self._parts.popitem(last=False)
-        return parts
+    def _parts_for(self, size: Hashable) -> dict[str, list[tuple[Tensor, Tensor]]] | None:
+        """What was packed for a size so far; None when it comes for the first time."""
+        found = self._parts.get(size)
+        if found is None:
+            with self._lock:
+                self._parts[size] = {}
+                while len(self._parts) > self.SIZES:
+                    self._parts.popitem(last=False)
+        return found
 
     def _forget(self) -> None:
         """Drop all that was made of the weights."""
         self._parts: OrderedDict[Hashable, dict[str, list[tuple[Tensor, Tensor]]]] = OrderedDict()
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[str, list[Any]] = {}
         self._lock = threading.Lock()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedConvolution:
