@@ -79,9 +79,11 @@ python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
 nitpicky = True
+# A folder hands on the names of its files, so that a name may have two places.
+suppress_warnings = ["ref.python"]
 # What is not of this package has its documentation elsewhere, and names in prose are no references.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(abc|builtins|collections|contextlib|enum|os|pathlib|typing)\..*"),
+    (r"py:.*", r"(abc|builtins|collections|contextlib|contextvars|enum|os|pathlib|typing)\..*"),
     (r"py:.*", r"(matplotlib|np|numpy|torch|dist|nn|td|typer)\..*"),
     (r"py:.*", r"(PIL|annotated_types|lightning|pl|pydantic|pydantic_core|rich)\..*"),
     (r"py:.*", r"(AllowInfNan|Annotated\[.*|CheckpointIO|Field|FieldInfo|G[et]|L[et]|NoneType|Path|_\w+)"),

@@ -268,7 +268,7 @@ class ByFraction:
     def lean_parts(self, x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
         """The CDF and the density of one pair of numbers at x in (0, 1), on the CPU.
 
-        The operations are those of :meth:`BetaCDF.parts`, in few calls and five new tensors: for a small
+        The operations are those of ``BetaCDF.parts``, in few calls and five new tensors: for a small
         batch, calls and fresh memory would take longer than the numbers.
         """
         first, second = torch.log(x), torch.neg(x).log1p_()

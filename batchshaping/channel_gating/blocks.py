@@ -393,8 +393,8 @@ def gate_resnet(
         gates_per_layer: how many gates each inner layer has. A gate for each channel, as in the paper, by
             default. With 8, each gate switches an eighth of the channels, and at least 16 of them, so that
             narrow layers have fewer gates: then closed gates save time too, see
-            :func:`~batchshaping.conditional_inference`. A pair for bottlenecks: the gates of their first and
-            of their second layer.
+            :func:`~batchshaping.gates.inference.conditional_inference`. A pair for bottlenecks: the gates
+            of their first and of their second layer.
 
     Returns:
         The same module.

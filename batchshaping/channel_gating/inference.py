@@ -320,7 +320,7 @@ def _as_images(y: Tensor, height: int, width: int) -> Tensor:
 
 
 class FoldedGate(Gate):
-    """A :class:`~batchshaping.ChannelGate` for inference, with its batch normalization folded in.
+    """A channel gate for inference, with its batch normalization folded in.
 
     It reads the means of the feature maps, since the gates of a block share them, and gives what each gate
     decided, since channels are switched by leaving them out. It is made in single precision at least: a

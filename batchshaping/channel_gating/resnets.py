@@ -95,7 +95,8 @@ def gated_resnet20(
         num_classes: number of outputs.
         in_channels: channels of the images.
         hidden: width of the MLP in each gate.
-        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
+        gates_per_layer: how many gates each inner layer has, as in
+            :func:`~batchshaping.channel_gating.blocks.gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -117,7 +118,8 @@ def gated_resnet32(
         num_classes: number of outputs.
         in_channels: channels of the images.
         hidden: width of the MLP in each gate.
-        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
+        gates_per_layer: how many gates each inner layer has, as in
+            :func:`~batchshaping.channel_gating.blocks.gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -139,7 +141,8 @@ def gated_resnet56(
         num_classes: number of outputs.
         in_channels: channels of the images.
         hidden: width of the MLP in each gate.
-        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
+        gates_per_layer: how many gates each inner layer has, as in
+            :func:`~batchshaping.channel_gating.blocks.gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -162,7 +165,8 @@ def gated_resnet18(
     Args:
         num_classes: number of outputs.
         hidden: width of the MLP in each gate.
-        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
+        gates_per_layer: how many gates each inner layer has, as in
+            :func:`~batchshaping.channel_gating.blocks.gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -186,7 +190,8 @@ def gated_resnet34(
     Args:
         num_classes: number of outputs.
         hidden: width of the MLP in each gate.
-        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
+        gates_per_layer: how many gates each inner layer has, as in
+            :func:`~batchshaping.channel_gating.blocks.gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs
@@ -210,7 +215,8 @@ def gated_resnet50(
     Args:
         num_classes: number of outputs.
         hidden: width of the MLP in each gate.
-        gates_per_layer: how many gates each inner layer has, as in :func:`gate_resnet`.
+        gates_per_layer: how many gates each inner layer has, as in
+            :func:`~batchshaping.channel_gating.blocks.gate_resnet`.
 
     Example:
         >>> import torch, batchshaping as bs

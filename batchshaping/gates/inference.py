@@ -56,12 +56,14 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
     """A copy of a gated network that computes only what is open, for each example: closed gates save time.
 
     The copy gives what the network gives in evaluation, up to rounding. Its gates are named as those of the
-    network and compute the same, so that :func:`~batchshaping.gates_forced`,
-    :func:`~batchshaping.gate_decisions` and :func:`~batchshaping.count_macs` work on it. Batch normalization
+    network and compute the same, so that :func:`~batchshaping.gates.forced.gates_forced`,
+    :func:`~batchshaping.gates.gate.gate_decisions` and :func:`~batchshaping.gates.cost.count_macs` work
+    on it. Batch normalization
     is folded into the convolutions, whose weights are packed for the CPU's kernels when images of a new size
     come. It is a module that can be saved, copied, moved and used by several threads; it cannot be trained.
 
-    Gates for groups of channels save most, see ``gates_per_layer`` of :func:`~batchshaping.gate_resnet`. A
+    Gates for groups of channels save most, see ``gates_per_layer`` of
+    :func:`~batchshaping.channel_gating.blocks.gate_resnet`. A
     block whose layers cannot be cut, such as one with anti-aliasing between its convolutions, is computed as
     before.
 

@@ -31,7 +31,7 @@ class GeneralizedBatchShapingLoss(nn.Module):
     sigmoid of a parameter of this module. The means as a set are shaped to the hyperprior, so that arrays may
     differ while their average is set; the temperatures are kept low by an L1 penalty.
 
-    A list of tensors is taken as by :func:`batch_shaping`: the first term is the sum of those of the tensors,
+    A list of tensors is taken as by ``batch_shaping``: the first term is the sum of those of the tensors,
     and the hyperprior is that of all means together.
 
     After a forward pass ``prior_loss``, ``hyperprior_loss`` and ``temperature_penalty`` hold its three terms,

@@ -44,7 +44,7 @@ class Sequences:
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """How many sequences there are of each length: pairs of number and length."""
+        """Pairs of a length and the number of sequences that have it, the number first."""
         return [(len([*group]), length) for length, group in groupby(self.lengths)]
 
 

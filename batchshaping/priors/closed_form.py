@@ -143,7 +143,7 @@ class ClosedFormPrior(td.Distribution):
 
     @property
     def given(self) -> dict[str, Tensor | float]:
-        """The arguments that the prior was made with: tensors and numbers."""
+        """The arguments that the prior was made with, which are tensors and numbers."""
         return {n: self._tensors[n] if isinstance(v, Tensor) else v for n, v in self._given.items()}
 
     @property
