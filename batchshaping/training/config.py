@@ -247,8 +247,7 @@ def read_whole_config(path: Path, **settings: Any) -> RunConfig:
     content = _settings(path, text)
     config = _config(path, content, settings)
     # In a file with a checksum, a setting is missing only if it did not exist when the file was written.
-    expected = [] if checksum else [name for name in config.model_dump() if name not in _AFTER_CHECKSUMS]
-    missing = [name for name in expected if name not in content]
+    missing = [] if checksum else [name for name in _BEFORE_CHECKSUMS if name not in content]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
@@ -273,11 +272,17 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 _CHECKSUM_LINE = re.compile(r"# sha256 of the settings below: ([0-9a-f]{64})\n")
 
-_AFTER_CHECKSUMS = {
-    *("gates_per_layer", "hyperprior", "hyperprior_weight", "optimizer", "prior_learning_rate"),
-    *("temperature_weight", "threads"),
-}
-"""Settings that are as old as the checksum line or younger, and thus in no file without one."""
+_BEFORE_CHECKSUMS = (
+    *("network", "width", "stem_stride", "pretrained", "gated", "hidden", "gate_bias"),
+    *("data", "data_folder", "download", "image_size", "train_images", "augment", "workers"),
+    *("budget", "penalty", "penalty_begin", "penalty_end", "penalized"),
+    *("shaping", "shaping_end", "prior", "noise_end"),
+    *("epochs", "batch_size", "accumulate", "learning_rate", "gate_learning_rate"),
+    *("schedule", "milestones", "momentum", "weight_decay"),
+    *("accelerator", "devices", "nodes", "precision", "sync_batch_norm", "seed"),
+    *("evaluate_every", "logger", "log_every"),
+)
+"""All settings that there were when files had no checksum yet, so that such a file has each of them."""
 
 _LARGEST_FILE = 2**16
 

@@ -544,6 +544,19 @@ def test_a_bit_that_changes_anywhere_is_refused(tmp_path: Path) -> None:
             read_whole_config(path)
 
 
+# All settings that there were before files had a checksum.
+BEFORE_CHECKSUMS = {
+    *("network", "width", "stem_stride", "pretrained", "gated", "hidden", "gate_bias"),
+    *("data", "data_folder", "download", "image_size", "train_images", "augment", "workers"),
+    *("budget", "penalty", "penalty_begin", "penalty_end", "penalized"),
+    *("shaping", "shaping_end", "prior", "noise_end"),
+    *("epochs", "batch_size", "accumulate", "learning_rate", "gate_learning_rate"),
+    *("schedule", "milestones", "momentum", "weight_decay"),
+    *("accelerator", "devices", "nodes", "precision", "sync_batch_norm", "seed"),
+    *("evaluate_every", "logger", "log_every"),
+}
+
+
 def without_mark(path: Path) -> list[str]:
     """A file as earlier versions wrote it: its lines."""
     lines = path.read_text().splitlines(keepends=True)
@@ -559,7 +572,7 @@ def test_a_file_of_an_earlier_version_must_have_the_settings_of_its_time(tmp_pat
     assert read_whole_config(path) == config
     for number, line in enumerate(lines):
         name = line.partition(":")[0]
-        if name in SETTINGS and name not in ("prior", "milestones", "threads"):
+        if name in BEFORE_CHECKSUMS - {"prior", "milestones"}:
             path.write_text("".join(lines[:number] + lines[number + 1 :]))
             with pytest.raises(ValueError, match=rf"received none of {name}$"):
                 read_whole_config(path)
@@ -653,18 +666,9 @@ def test_there_are_three_configurations() -> None:
     }
 
 
-# All settings that there were before files had a checksum.
-BEFORE_CHECKSUMS = """
-network width stem_stride pretrained gated hidden gate_bias data data_folder download image_size train_images
-augment workers budget penalty penalty_begin penalty_end penalized shaping shaping_end prior noise_end epochs
-batch_size accumulate learning_rate gate_learning_rate schedule milestones momentum weight_decay accelerator
-devices nodes precision sync_batch_norm seed evaluate_every logger log_every
-"""
-
-
 def test_a_file_from_before_there_were_checksums_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     write_config(RunConfig(epochs=3), path)
     settings = yaml.safe_load(path.read_text())
-    path.write_text(yaml.dump({name: settings[name] for name in BEFORE_CHECKSUMS.split()}))
+    path.write_text(yaml.dump({name: settings[name] for name in BEFORE_CHECKSUMS}))
     assert read_whole_config(path) == RunConfig(epochs=3)
