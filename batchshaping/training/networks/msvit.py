@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from batchshaping.mixed_scale.msvit import MSViT
@@ -51,13 +51,9 @@ class MixedScaleViT(Network):
     gate_bias: Annotated[float, Field(allow_inf_nan=False)] = 3.0
     """Added to the gates' initial logits. With 0, half of the regions start fine; with 3, nearly all."""
 
-    @model_validator(mode="after")
-    def _of_this_network(self) -> MixedScaleViT:
-        ignored = ("pretrained",) if self._is_small else ("patch", "embedding", "depth", "heads")
-        for name in ignored:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is not a setting of {self.name}")
-        return self
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        return ("pretrained",) if self._is_small else ("patch", "embedding", "depth", "heads")
 
     @property
     def _is_small(self) -> bool:

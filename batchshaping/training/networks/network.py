@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from batchshaping.training.sections import Section
@@ -29,6 +29,18 @@ class Network(Section):
 
     name: str = Field(alias="network")
     """Name of the network."""
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Settings that other networks of the family have and this one does not; they keep their defaults."""
+        return ()
+
+    @model_validator(mode="after")
+    def _of_this_network(self) -> Network:
+        for name in self.without_effect:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not a setting of {self.name}")
+        return self
 
     @abstractmethod
     def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
