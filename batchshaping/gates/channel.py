@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from batchshaping.gates.gate import Gate, whole_number
+from batchshaping.gates.gate import Gate, layer_of_logits, whole_number
 
 __all__ = ["ChannelGate", "even_sizes", "to_channels"]
 
@@ -73,8 +72,6 @@ class ChannelGate(Gate):
         self.in_channels = whole_number("in_channels", in_channels, least=1)
         out_channels = whole_number("out_channels", out_channels, least=1)
         hidden = whole_number("hidden", hidden, least=1)
-        if not math.isfinite(bias):
-            raise ValueError(f"bias must be finite, received {bias}")
         gates = out_channels if gates is None else whole_number("gates", gates, least=1)
         if gates > out_channels:
             raise ValueError(
@@ -82,9 +79,7 @@ class ChannelGate(Gate):
             )
         if gates < out_channels:
             self.sizes = even_sizes(out_channels, gates)
-        last = nn.Linear(hidden, gates, device=device, dtype=dtype)
-        with torch.no_grad():
-            last.bias.add_(bias)
+        last = layer_of_logits(hidden, gates, bias, device, dtype)
         self.to_logits = nn.Sequential(
             nn.Linear(self.in_channels, hidden, bias=False, device=device, dtype=dtype),
             nn.BatchNorm1d(hidden, device=device, dtype=dtype),

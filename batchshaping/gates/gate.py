@@ -25,6 +25,7 @@ __all__ = [
     "gate_probabilities",
     "is_recomputing",
     "keep_every_run",
+    "layer_of_logits",
     "named_gates",
     "straight_through_decisions",
     "whole_number",
@@ -502,3 +503,15 @@ def whole_number(name: str, value: int, least: int) -> int:
     if number < least or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, at least {least}, received {value!r}")
     return number
+
+
+def layer_of_logits(
+    features: int, gates: int, bias: float, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    """The last layer of the MLP in a gate, with a bias that is added to its initial logits."""
+    if not math.isfinite(bias):
+        raise ValueError(f"bias must be finite, received {bias}")
+    layer = nn.Linear(features, gates, device=device, dtype=dtype)
+    with torch.no_grad():
+        layer.bias.add_(bias)
+    return layer

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from batchshaping.gates.gate import Gate, whole_number
+from batchshaping.gates.gate import Gate, layer_of_logits, whole_number
 
 __all__ = ["ScaleGate"]
 
@@ -65,8 +65,6 @@ class ScaleGate(Gate):
         self.features = whole_number("features", features, least=1)
         hidden = whole_number("hidden", hidden, least=1)
         layers = whole_number("layers", layers, least=1)
-        if not math.isfinite(bias):
-            raise ValueError(f"bias must be finite, received {bias}")
         self.to_logits = nn.Sequential()
         width = self.features
         for _ in range(layers - 1):
@@ -78,10 +76,7 @@ class ScaleGate(Gate):
                 ]
             )
             width = hidden
-        last = nn.Linear(width, 1, device=device, dtype=dtype)
-        with torch.no_grad():
-            last.bias.add_(bias)
-        self.to_logits.append(last)
+        self.to_logits.append(layer_of_logits(width, 1, bias, device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros and ones of shape (N, regions): 1 where a region is fine."""
