@@ -44,7 +44,7 @@ PRIORS: dict[str, Callable[[Tensor], bs.Beta | bs.Normal | bs.RelaxedBernoulli]]
 
 @pytest.mark.parametrize(("statistic", "prior"), CASES)
 def test_no_value_is_read_from_another_device(statistic: str, prior: str) -> None:
-    for logits, ties, masked in ((False, False, False), (True, True, True)):
+    for logits, ties, masked in itertools.product((False, True), repeat=3):
         x = torch.empty(8, 5, device="meta", requires_grad=True)
         parameter = torch.empty(5, device="meta", requires_grad=True)
         mask = torch.empty(8, 5, device="meta", dtype=torch.bool) if masked else None

@@ -105,7 +105,7 @@ class BetaCDF(PreparedCDF):
         if self._lean is not None and x.is_cpu and x.dtype == self._lean.working:
             least, greatest = value_range(x)
             if self._least <= least <= self._lean.split_range[0] < greatest < 1.0:
-                return CDFDerivatives(*self._lean.lean_parts(x, *self._lean.numbers))
+                return CDFDerivatives(*self._lean.lean_parts(x))
         return self.parts(x).derivatives
 
     def at_logits(self, logits: Tensor) -> CDFDerivatives:

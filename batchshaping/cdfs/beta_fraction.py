@@ -235,13 +235,12 @@ class ByFraction:
         single = single and all(bool((large == (large[0] and not tails)).all()) for large in above)
         self.working = working = torch.float32 if single else torch.float64
         self.large_a, self.large_b, self.centred = (single and bool(large[0]) for large in above)
-        self.lean = (
-            a.ndim == 0 and a.is_cpu and not (gradients or self.large_a or self.centred) and working == dtype
-        )
+        # Exponents are large only where the fraction is centred.
+        self.lean = a.ndim == 0 and a.is_cpu and not (gradients or self.centred) and working == dtype
         centre = (a / total).to(working)
         self.centre, self.far_centre = centre, 1 - centre
         self.a, self.b = a.to(working), b.to(working)
-        self.numbers = (float(self.a), float(self.b)) if a.ndim == 0 else ()
+        self.numbers: tuple[float, ...] = (float(self.a), float(self.b)) if a.ndim == 0 else ()
         self.split = ((a + 1) / (total + 2)).to(working)
         self.far_split, self.one = 1 - self.split, torch.ones((), dtype=working, device=a.device)
         self.split_range = value_range(self.split)
@@ -265,12 +264,13 @@ class ByFraction:
             self.shift_b = (digamma_total - torch.digamma(b + 1) + log_far * self.large_b).to(working)
             self.inverse_a, self.inverse_b = (1 / a).to(working), (1 / b).to(working)
 
-    def lean_parts(self, x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    def lean_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The CDF and the density of one pair of numbers at x in (0, 1), on the CPU.
 
         The operations are those of ``BetaCDF.parts``, in few calls and five new tensors: for a small
         batch, calls and fresh memory would take longer than the numbers.
         """
+        a, b = self.numbers
         first, second = torch.log(x), torch.neg(x).log1p_()
         mass = torch.add(self.minus_peak, first, alpha=a).add_(second, alpha=b).exp_().mul_(self.scale)
         y, line, left, right = first, second, torch.empty_like(x), torch.empty_like(x)
