@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: ablation ablation-quick bench browser help env demo figures guide test lint types unit notebooks docs format clean
+.PHONY: ablation ablation-quick bench browser help env demo figures guide mixed-scale test lint types unit notebooks docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ bench: $(env) ## Measure this package beside its peers and write benchmarks/resu
 
 ablation: $(env) ## Train what is missing of the ablation on Fashion-MNIST (hours; resumable) and write what came of it
 	$(VENV)/bin/python benchmarks/ablation/ablation.py
+
+mixed-scale: $(env) ## Train what is missing of the experiment on mixed-scale tokens (an hour; resumable) and write what came of it
+	$(VENV)/bin/python benchmarks/mixed_scale/mixed_scale.py
+	$(VENV)/bin/python benchmarks/mixed_scale/pictures.py
 
 ablation-quick: $(env) ## The same in ten minutes: a tenth of the images, one seed, results to outputs/
 	$(VENV)/bin/python benchmarks/ablation/ablation.py --quick

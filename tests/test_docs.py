@@ -127,6 +127,27 @@ def test_the_guide_to_gated_networks_runs() -> None:
     assert gates and all(gate.grad is not None for gate in gates)
 
 
+def test_the_guide_to_tokens_of_two_scales_runs_and_shows_what_was_measured() -> None:
+    guide = (ROOT / "docs" / "mixed_scale.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert all(
+        p.grad is not None for p in [*names["msvit"].gate.parameters(), *names["shaping"].parameters()]
+    )
+    by_patch = names["by_patch"]
+    assert torch.equal(names["by_pixel"][:, ::16, ::16], by_patch)
+    # Patches of a coarse region have the same features.
+    features = names["msvit"].eval().grid_features(names["images"])
+    decisions = names["msvit"].gate.decisions.unflatten(1, names["cut"].grid_of_regions)
+    same = (features[..., ::2, ::2] == features[..., 1::2, 1::2]).all(dim=1)
+    assert torch.equal(same, decisions == 0)
+    for page in ("docs/mixed_scale.md", "README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (table,) = re.findall(r"<!-- mixed scale: begin -->(.*?)<!-- mixed scale: end -->", text, re.DOTALL)
+        assert table.count("\n|") > 6 and "nan" not in table
+
+
 def test_the_examples_of_the_guide_run() -> None:
     guide = (ROOT / "docs" / "which_statistic.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)

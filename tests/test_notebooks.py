@@ -14,8 +14,6 @@ from batchshaping.experiments.published import PUBLISHED_GENERALIZED_RUN, PUBLIS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("*.ipynb"))
-LEARNED = "channel_gating.ipynb"
-"""Trains networks: a machine that rounds differently gets numbers as if from another seed."""
 NUMBER = re.compile(r"-?\d+(?:\.(\d+))?(?:e([-+]\d+))?")
 
 
@@ -76,8 +74,8 @@ def execute(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         yield executed
 
 
-def test_the_three_notebooks_are_there() -> None:
-    assert {"batch_shaping.ipynb", "generalized_batch_shaping.ipynb", LEARNED} <= set(NOTEBOOKS)
+def test_the_four_notebooks_are_there() -> None:
+    assert {"batch_shaping.ipynb", "generalized_batch_shaping.ipynb", *LEARNED} <= set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -132,7 +130,7 @@ def after(label: str, text: str) -> list[float]:
     return numbers(found[1])
 
 
-def check_what_holds_for_every_seed(notebook: NotebookNode) -> None:
+def check_channel_gating(notebook: NotebookNode) -> None:
     """What the notebook on channel gating says of its networks, whatever seed they were trained with."""
     cells = [text for text in printed(notebook) if text]
     network, gate, gated, chance, budget, shaped, kinds, classes, digits, curves, folders = cells
@@ -176,9 +174,47 @@ def check_what_holds_for_every_seed(notebook: NotebookNode) -> None:
     assert {"report.html", "config.yaml", "result.json"} <= set(folders.split())
 
 
-def test_what_is_said_of_trained_networks_holds(execute: Callable[[str], NotebookNode]) -> None:
-    check_what_holds_for_every_seed(read(LEARNED))
-    check_what_holds_for_every_seed(execute(LEARNED))
+def check_mixed_scale(notebook: NotebookNode) -> None:
+    """What the notebook on tokens of two scales says of its networks, whatever seed they had."""
+    cells = [text for text in printed(notebook) if text]
+    images, all_fine, scales, gated, masks, priors, packed, dense, folders = cells
+
+    assert "test images: 2000 of (1, 64, 64)" in images
+    (fine,) = re.findall(r"test accuracy: ([\d.]+)%", all_fine)
+    assert float(fine) > 85
+    assert "all fine, the same outputs to the bit: True" in scales
+    by_share = {
+        share: after(f"{share}% of the regions fine, by chance", scales) for share in (100, 50, 20, 0)
+    }
+    spent = [each[0] for each in by_share.values()]
+    assert spent == sorted(spent, reverse=True) and spent[0] >= 100 and spent[-1] < 30
+    assert by_share[100][1] > by_share[50][1] > by_share[0][1]
+
+    assert after("all fine", gated)[0] == float(fine)
+    accuracy, share = after("gated", gated)
+    assert accuracy > float(fine) - 4 and share < 50
+    assert after("fine regions", gated)[0] == pytest.approx(20, abs=6)
+    learned, entropy = after("learned", masks), after("entropy", masks)
+    assert learned[0] > 75 and learned[0] - learned[1] > 60
+    assert learned[0] > entropy[0] and learned[1] < entropy[1]
+    assert after("correlation of the two maps", priors)[0] > 0.8
+    assert "the same outputs: True" in packed
+    least, most, _, mean = after("tokens of an image", packed)
+    assert 16 <= least <= mean <= most <= 64 and mean < 32
+    assert "features on the grid of patches: (2, 64, 8, 8)" in dense
+    different, coarse = after("different features in the coarse regions", dense)
+    assert coarse == 4 * different
+    assert {"report.html", "fine", "gated"} <= set(folders.split())
+
+
+LEARNED = {"channel_gating.ipynb": check_channel_gating, "mixed_scale_tokens.ipynb": check_mixed_scale}
+"""Train networks: a machine that rounds differently gets numbers as if from another seed."""
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_is_said_of_trained_networks_holds(name: str, execute: Callable[[str], NotebookNode]) -> None:
+    LEARNED[name](read(name))
+    LEARNED[name](execute(name))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -186,7 +222,7 @@ def test_it_executes_and_prints_what_is_stored(name: str, execute: Callable[[str
     stored, fresh = read(name), execute(name)
     for was, now in zip(printed(stored), printed(fresh), strict=True):
         assert words(now) == words(was)
-        if name == LEARNED:
+        if name in LEARNED:
             continue
         for a, b, tolerance in zip(numbers(was), numbers(now), tolerances(was), strict=True):
             assert b == pytest.approx(a, rel=0, abs=tolerance), (was, now)
