@@ -694,7 +694,11 @@ class ConditionalBlock(OneStep):
             return "masked"
         if not batch.x.is_cpu and len(batch.x) > 1:
             return "by group" if "by group" in ways else "masked"
-        return "sliced" if "sliced" in ways else "gathered"
+        # A convolution between two layers of gates is cut twice, which pays where few parts are left.
+        few = all(
+            size >= len(layer.outputs or ()) for layer in self._layers[1:] for size in layer.bundle_sizes[1:]
+        )
+        return "sliced" if "sliced" in ways and (len(self._inner) == 1 or few) else "gathered"
 
     def _masked(self, batch: _Batch) -> Tensor:
         """All channels; closed ones are set to zero."""
