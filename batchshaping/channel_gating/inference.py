@@ -31,6 +31,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchshaping.gates.channel import ChannelGate, to_channels
@@ -423,10 +424,10 @@ class FoldedGate(Gate):
         gate: the gate; its weights are copied.
 
     Attributes:
-        sizes: how many channels each gate switches.
+        sizes: how many channels each gate switches; one number more is that of channels without a gate.
 
     Shape:
-        From sums (N, channels) to decisions (N, gates).
+        From sums (N, channels) to zeros and ones (N, sizes), where channels without a gate are open.
     """
 
     sizes: tuple[int, ...]
@@ -439,7 +440,8 @@ class FoldedGate(Gate):
         layers: Any = gate.to_logits
         first, norm, _, last = layers
         super().__init__(gate.temperature, device="cpu")
-        self.sizes = gate.sizes or (1,) * last.out_features
+        self.sizes = gate.sizes or (1,) * gate.gates
+        self._has_ungated = len(self.sizes) > gate.gates
         least = torch.promote_types(last.weight.dtype, torch.float32)
         for name, layer, after in (("first", first, norm), ("last", last, None)):
             weight, bias = folded(copy.deepcopy(layer).to(least), after)
@@ -448,8 +450,8 @@ class FoldedGate(Gate):
         self.to(last.weight.device)
 
     def forward(self, sums: Tensor, scale: float = 1.0) -> Tensor:
-        """Zeros and ones of shape (N, gates), from sums over pixels and one over their number."""
-        return self.decide(self._logits(sums, scale))
+        """Zeros and ones of shape (N, sizes), from sums over pixels and one over their number."""
+        return self._with_ungated(self.decide(self._logits(sums, scale)))
 
     def rows(self, sums: Tensor, scale: float) -> tuple[Tensor, list[Decisions]]:
         """What is positive where a gate is open, and whether each is, in as few operations as can be."""
@@ -458,15 +460,39 @@ class FoldedGate(Gate):
             logits = self.decide(logits)
         else:
             self._keep(logits, None)
-        return logits, _rows(logits)
+        positive = self._with_ungated(logits)
+        return positive, _rows(positive)
 
     def _logits(self, sums: Tensor, scale: float) -> Tensor:
         first = torch.addmm(self.first_bias, sums.to(self.first_weight.dtype), self.first_weight, alpha=scale)
         return torch.addmm(self.last_bias, first.relu_(), self.last_weight)
 
+    def _with_ungated(self, values: Tensor) -> Tensor:
+        return F.pad(values, (0, 1), value=1.0) if self._has_ungated else values
+
     def _decided(self, logits: Tensor) -> Tensor:
         # The same as binary_concrete in evaluation, without what a gradient would need.
         return (logits > 0).to(logits.dtype)
+
+
+class Ungated(nn.Module):
+    """What a layer without gates has in the place of a :class:`FoldedGate`: all of its channels are open.
+
+    Args:
+        channels: how many there are.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.sizes = (channels,)
+
+    def forward(self, sums: Tensor, scale: float = 1.0) -> Tensor:
+        """Ones of shape (N, 1)."""
+        return sums.new_ones(sums.shape[0], 1)
+
+    def rows(self, sums: Tensor, scale: float) -> tuple[Tensor, list[Decisions]]:
+        """As :meth:`FoldedGate.rows`."""
+        return self.forward(sums), [(True,)] * sums.shape[0]
 
 
 class Step(NamedTuple):
@@ -477,7 +503,7 @@ class Step(NamedTuple):
         layer: the convolution.
         norm: the batch normalization after it, which is folded in; None if there is none.
         activation: what comes after that; None if there is nothing.
-        gate: name and module of the gates of its output; None for the last convolution.
+        gate: name and module of the gates of its output; None if all channels are computed.
     """
 
     name: str
@@ -485,6 +511,10 @@ class Step(NamedTuple):
     norm: nn.Module | None
     activation: nn.Module | None
     gate: tuple[str, ChannelGate] | None
+
+
+def _folded_gate(step: Step) -> FoldedGate | Ungated:
+    return Ungated(step.layer.out_channels) if step.gate is None else FoldedGate(step.gate[1])
 
 
 class _Batch(NamedTuple):
@@ -526,7 +556,7 @@ class _Inner(NamedTuple):
     """A convolution of a block that has gates, with those, and what follows it if that is no ReLU."""
 
     convolution: SwitchedConvolution
-    gate: FoldedGate
+    gate: FoldedGate | Ungated
     activation: nn.Module | None
 
     def activated(self, y: Tensor) -> Tensor:
@@ -542,7 +572,7 @@ class ConditionalBlock(OneStep):
     """A gated residual block for inference, which computes the open channels only.
 
     Args:
-        steps: its convolutions in their order. All but the last have gates.
+        steps: its convolutions in their order. The last has no gates.
         downsample: what the shortcut computes, or None.
         end: what comes after the last convolution in the residual branch, or None.
         activation: what comes after the sum.
@@ -569,7 +599,7 @@ class ConditionalBlock(OneStep):
         for step in steps:
             relu = type(step.activation) is nn.ReLU
             inputs = self._inner[-1].gate.sizes if self._inner else None
-            gate = FoldedGate(step.gate[1]) if step.gate else None
+            gate = None if step is steps[-1] else _folded_gate(step)
             outputs = gate.sizes if gate else None
             made = SwitchedConvolution(step.layer, step.norm, relu, inputs, outputs)
             follows = None if relu else step.activation
@@ -582,7 +612,8 @@ class ConditionalBlock(OneStep):
             else:
                 self._inner.append(_Inner(made, gate, follows))
         for name, inner in zip(names[1:], self._inner, strict=False):
-            self.add_module(str(name), inner.gate)
+            if name is not None:
+                self.add_module(name, inner.gate)
         self._convolutions = {
             step.name: gates for step, gates in zip(steps, itertools.pairwise(names), strict=True)
         }

@@ -21,6 +21,7 @@ __all__ = [
     "Gate",
     "OneStep",
     "binary_concrete",
+    "follow_gates",
     "gate_decisions",
     "gate_probabilities",
     "is_recomputing",
@@ -386,6 +387,19 @@ def keep_every_run(model: nn.Module) -> None:
     passes = ForwardPasses(model)
     model.register_forward_pre_hook(passes.begin, prepend=True)
     model.register_forward_hook(passes.end, always_call=True)
+
+
+def follow_gates(model: nn.Module) -> None:
+    """Tell what :func:`keep_every_run` asked of a model, and of modules in it, which gates they have now.
+
+    Args:
+        model: a module some of whose gates were removed or replaced.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            passes = getattr(hook, "__self__", None)
+            if isinstance(passes, ForwardPasses):
+                passes.follow(module)
 
 
 def gate_probabilities(model: nn.Module) -> list[Tensor]:

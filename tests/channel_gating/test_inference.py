@@ -6,95 +6,31 @@ import copy
 import io
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
+from gated_resnets import LARGE, NETWORKS, make, output, with_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock
 
 import batchshaping as bs
 from batchshaping.channel_gating import inference
 from batchshaping.channel_gating.blocks import GatedBlock
 from batchshaping.channel_gating.inference import ConditionalBlock, SwitchedConvolution, open_channels
-from batchshaping.channel_gating.resnets import SmallImageResNet
 from batchshaping.gates.forced import gates_forced
 from batchshaping.gates.gate import Gate, gate_decisions, gate_probabilities, keep_every_run, named_gates
 from batchshaping.gates.packed import PackedConvolution, only_plain
 
 SHARES = [0.0, 0.3, 0.6, 1.0]
 WAYS = ["masked", "sliced", "gathered", "by group"]
-
-
-def with_statistics(model: nn.Module) -> nn.Module:
-    """With normalizations that do something."""
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    return model.eval()
-
-
-def tiny(block: type[nn.Module], channels: int = 64, stride: int = 1, **arguments: int) -> nn.Sequential:
-    """Two blocks between a stem and a head."""
-    out = channels * block.expansion
-    downsample = nn.Sequential(nn.Conv2d(24, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-    return nn.Sequential(
-        nn.Conv2d(3, 24, 3, 2, bias=False),
-        nn.BatchNorm2d(24),
-        nn.ReLU(),
-        block(24, channels, stride, downsample, **arguments),
-        block(out, channels, **arguments),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(out, 5),
-    )
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "basic": lambda: tiny(BasicBlock, stride=2),
-    "basic, no multiple of 16": lambda: tiny(BasicBlock, 50),
-    "bottleneck": lambda: tiny(Bottleneck, stride=2),
-    "bottleneck, no multiple of 16": lambda: tiny(Bottleneck, 50),
-    "ResNeXt": lambda: tiny(Bottleneck, stride=2, groups=8, base_width=8),
-    "ResNeXt, groups that gates divide": lambda: tiny(Bottleneck, groups=2, base_width=24),
-    "dilated": lambda: tiny(Bottleneck, dilation=2),
-    "small images": lambda: SmallImageResNet(8, 5, width=32),
-}
-LARGE: dict[str, Callable[[], nn.Module]] = {
-    **{
-        name: lambda name=name: torchvision.models.get_model(name, num_classes=5)
-        for name in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
-    },
-    **{
-        f"timm {name}": lambda name=name: timm.create_model(name, num_classes=5)
-        for name in ("resnet18", "resnet26d", "seresnet50", "resnetaa50")
-    },
-    **{
-        name: lambda name=name: torchvision.models.get_model(name, weights_backbone=None, num_classes=3)
-        for name in ("fcn_resnet50", "deeplabv3_resnet50")
-    },
-}
-
-
-def make(name: str, gates: object = 8) -> nn.Module:
-    torch.manual_seed(0)
-    return bs.gate_resnet(with_statistics({**NETWORKS, **LARGE}[name]()), gates_per_layer=gates).eval()
-
-
-def output(y: Tensor | dict[str, Tensor]) -> Tensor:
-    return y["out"] if isinstance(y, dict) else y
 
 
 def both(
