@@ -239,15 +239,15 @@ def _share(text: str) -> float:
 
 
 def _show(compared: Sequence[Comparison]) -> None:
-    from batchshaping.experiments.inference import heads, notes, rows, title
+    from batchshaping.experiments.inference import HEADS, notes, rows, title
 
     console = Console()
     for comparison in compared:
         table = Table(box=rich.box.SIMPLE_HEAD, title=title(comparison), title_justify="left")
-        for k, head in enumerate(heads(comparison)):
+        for k, head in enumerate(HEADS):
             table.add_column(head, justify="right" if k else "left", no_wrap=not k)
         for row in rows(comparison):
             table.add_row(*row)
         console.print(table)
         for note in notes(comparison):
-            console.print(note)
+            console.print(note, highlight=False)

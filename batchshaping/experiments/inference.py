@@ -41,11 +41,11 @@ from batchshaping.training.latency import take_turns
 from batchshaping.training.networks import Network
 
 __all__ = [
+    "HEADS",
     "Comparison",
     "Way",
     "as_markdown",
     "compare",
-    "heads",
     "machine_line",
     "notes",
     "rows",
@@ -179,19 +179,31 @@ def compare(
     with torch.no_grad():
         cost = MultiplyAdds.measure(gated, images[:1])
         copies = network.inference_copies(gated, images if planned else None)
+        if batch == 1:  # The others differ in how they compute images that have different gates.
+            copies = dict([*copies.items()][:1])
         dense = {"eager": ungated, "packed": dense_inference(ungated)}
     if compiled:
-        torch._dynamo.reset()
-        # Caches on disk would hide what compiling takes.
-        options: dict[str, Any] = {"freezing": True, "force_disable_caches": True}
-        dense["compiled"] = torch.compile(ungated, options=options)  # type: ignore[assignment]
+        dense["compiled"] = torch.compile(ungated, dynamic=False)  # type: ignore[assignment]
     subject = _Subject(network, images, cost)
     timed = [_Timed(subject, name, module, None, seed) for name, module in dense.items()]
     timed += [
-        _Timed(subject, name, module, share, seed) for share in shares for name, module in copies.items()
+        _Timed(subject, name, module, share, seed)
+        for share in dict.fromkeys(shares)
+        for name, module in copies.items()
     ]
-    with torch.inference_mode():
+    with torch.inference_mode(), _freezing() if compiled else nullcontext():
         return _measured(subject, timed, turns)
+
+
+@contextmanager
+def _freezing() -> Iterator[None]:
+    """Let the compiler take weights for constants, and compile anew what it has compiled before."""
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    # As an option of torch.compile, freezing comes too late to have an effect.
+    with torch._inductor.config.patch(freezing=True, fx_graph_cache=False):
+        yield
 
 
 @dataclass(frozen=True)
@@ -345,23 +357,13 @@ def title(comparison: Comparison) -> str:
     return f"{comparison.network}{settings}: {images} of {comparison.size} x {comparison.size} pixels"
 
 
-def heads(comparison: Comparison) -> list[str]:
-    """Heads of the columns of the table; times are those of the whole batch."""
-    gated = ["until gated, ms"] * any(way.until_gated is not None for way in comparison.ways)
-    return [*_HEADS, *gated, *_facts(comparison)]
-
-
-_HEADS = ("way", "open", "ms", "95 %, ms", "times faster", "than eager", "ideal", "of the ideal")
-
-
-def _facts(comparison: Comparison) -> list[str]:
-    return [*dict.fromkeys(name for way in comparison.ways for name in way.facts)]
+HEADS = ("way", "open", "ms", "95 %", "times faster", "than eager", "ideal", "of the ideal")
+"""Heads of the columns of the table; times are those of the whole batch."""
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
     """The rows of the table, one for each way. *Times faster* is against the fastest dense way."""
     eager = next(way for way in comparison.ways if way.name == "eager")
-    gated = any(way.until_gated is not None for way in comparison.ways)
     return [
         [
             way.name,
@@ -372,8 +374,6 @@ def rows(comparison: Comparison) -> list[list[str]]:
             f"{eager.median / way.median:.2f}",
             f"{comparison.ideal(way):.2f}",
             f"{comparison.faster(way) / comparison.ideal(way):.0%}",
-            *([_ms(way.until_gated)] if gated else []),
-            *(f"{way.facts[name]:.0f}" if name in way.facts else "" for name in _facts(comparison)),
         ]
         for way in comparison.ways
     ]
@@ -385,17 +385,25 @@ def _ms(seconds: float | None) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What else there is to tell: the first calls, memory, and what was left out."""
+    """What else there is to tell: facts, the first calls, memory, and what was left out."""
+    told = []
+    for way in comparison.ways:
+        facts = [f"{value:.0f} {name}" for name, value in way.facts.items()]
+        if way.until_gated is not None:
+            facts.append(f"{_ms(way.until_gated)} ms until what gates cost is computed")
+        if facts:
+            share = "" if way.share is None else f", {way.share:.0%} open"
+            told.append(f"{way.name}{share}: {', '.join(facts)}")
     calls = (
         f"{name} {_ms(first)}, {_ms(second)}" for name, (first, second) in comparison.first_calls.items()
     )
-    told = [f"First and second call, ms: {'; '.join(calls)}."]
+    told.append(f"first and second call, ms: {'; '.join(calls)}")
     if comparison.memory:
         before, after = (f"{size / 1e6:.0f}" for size in comparison.memory)
         told.append(
-            f"Memory of the process before and after the {comparison.turns} turns, MB: {before}, {after}."
+            f"memory of the process before and after the {comparison.turns} turns, MB: {before}, {after}"
         )
-    return told + [f"Left out: {name}, {why}" for name, why in comparison.left_out.items()]
+    return told + [f"left out: {name}, {why}" for name, why in comparison.left_out.items()]
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
@@ -440,5 +448,5 @@ def as_markdown(comparisons: Sequence[Comparison], machine: Mapping[str, Any]) -
 
 
 def _section(comparison: Comparison) -> str:
-    table = _table([heads(comparison), *rows(comparison)])
-    return "\n\n".join([f"**{title(comparison)}**", table, " ".join(notes(comparison))])
+    told = "\n".join(f"- {note}" for note in notes(comparison))
+    return "\n\n".join([f"**{title(comparison)}**", _table([HEADS, *rows(comparison)]), told])

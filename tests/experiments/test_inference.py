@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import batchshaping as bs
-from batchshaping.experiments.inference import Comparison, as_markdown, compare, heads, rows
+from batchshaping.experiments.inference import HEADS, Comparison, as_markdown, compare, rows
 from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.training.latency import machine
 from batchshaping.training.networks import network_settings
@@ -97,5 +97,5 @@ def test_tables_have_a_row_for_each_way() -> None:
     text = as_markdown([comparison], machine())
     # The summary has one.
     assert text.count("\n|") == 3 + 2 + len(comparison.ways)
-    assert {len(row) for row in rows(comparison)} == {len(heads(comparison))}
+    assert {len(row) for row in rows(comparison)} == {len(HEADS)}
     assert "**resnet8, gates per layer 2: one image of 8 x 8 pixels**" in text

@@ -67,7 +67,9 @@ class Network(Section):
     # What measurements of inference need to know
 
     def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
-        """The ways to compute only what is open, by name; the first is :func:`conditional_inference`.
+        """The ways to compute only what is open, by name; the first is that of ``conditional_inference``.
+
+        Others differ from it in how they compute several images that have different gates.
 
         Args:
             network: what was built.
