@@ -225,7 +225,8 @@ class _Timed:
         self.name = name
         self.module = module
         self.share = share
-        self.pattern = seed
+        # Of its own millions, so that no other seed has the same patterns.
+        self.pattern = seed * 10**6
         self.multiply_adds: list[float] = []
         self.facts: list[dict[str, float]] = []
 
