@@ -10,7 +10,7 @@ from pathlib import Path
 
 from guide import write_table
 
-from batchshaping.experiments.inference import Comparison, machine_line, summary
+from batchshaping.experiments.inference import Comparison, machine_line, section, summary
 from batchshaping.figures.inference import plot_groups, plot_inference
 
 ROOT = Path(__file__).parent.parent
@@ -23,10 +23,12 @@ def main() -> None:
     machines = dict.fromkeys(machine_line(each["machine"]) for each in found)
     compared = [Comparison.of_json(each) for measured in found for each in measured["comparisons"]]
     compared.sort(key=lambda each: (each.network.startswith("msvit"), each.network, each.batch))
-    for name, pages in (("resnet", (GUIDE, ROOT / "README.md")), ("msvit", (GUIDE,))):
-        rows = [each for each in compared if each.network.startswith(name)]
-        for page in pages:
-            write_table(page, f"inference of {name}", "\n\n".join([summary(rows), *machines]))
+    resnets, msvits = (
+        [each for each in compared if each.network.startswith(name)] for name in ("resnet", "msvit")
+    )
+    for page in (GUIDE, ROOT / "README.md"):
+        write_table(page, "inference of resnets", "\n\n".join([summary(resnets), *machines]))
+    write_table(GUIDE, "inference of msvits", "\n\n".join([*map(section, msvits), *machines]))
     figures = {"groups": plot_groups(), "inference": plot_inference(compared)}
     for name, figure in figures.items():
         figure.savefig(ROOT / "docs" / "figures" / f"{name}.svg", metadata={"Date": None})

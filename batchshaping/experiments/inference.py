@@ -49,6 +49,7 @@ __all__ = [
     "machine_line",
     "notes",
     "rows",
+    "section",
     "summary",
     "title",
 ]
@@ -391,7 +392,7 @@ def notes(comparison: Comparison) -> list[str]:
     for way in comparison.ways:
         facts = [f"{value:.0f} {name}" for name, value in way.facts.items()]
         if way.until_gated is not None:
-            facts.append(f"{_ms(way.until_gated)} ms until what gates cost is computed")
+            facts.append(f"gated after {_ms(way.until_gated)} ms")
         if facts:
             share = "" if way.share is None else f", {way.share:.0%} open"
             told.append(f"{way.name}{share}: {', '.join(facts)}")
@@ -444,10 +445,11 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def as_markdown(comparisons: Sequence[Comparison], machine: Mapping[str, Any]) -> str:
     """The comparisons as tables in Markdown: the summary, then each."""
-    sections = (_section(comparison) for comparison in comparisons)
+    sections = (section(comparison) for comparison in comparisons)
     return "\n\n".join([machine_line(machine), summary(comparisons), *sections]) + "\n"
 
 
-def _section(comparison: Comparison) -> str:
+def section(comparison: Comparison) -> str:
+    """All that there is to tell of a comparison, in Markdown."""
     told = "\n".join(f"- {note}" for note in notes(comparison))
     return "\n\n".join([f"**{title(comparison)}**", _table([HEADS, *rows(comparison)]), told])

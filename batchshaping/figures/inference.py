@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from batchshaping.experiments.inference import Comparison
-from batchshaping.figures.style import COLORS, DASHES, house_style
+from batchshaping.figures.style import COLORS, DASHES, STYLE, house_style
 
 __all__ = ["plot_groups", "plot_inference"]
 
@@ -47,7 +47,8 @@ def plot_inference(comparisons: Sequence[Comparison]) -> Figure:
         axes = figure.subplots(1, len(batches), sharex=True, sharey=True, squeeze=False)[0]
         names = [*dict.fromkeys(map(_name, comparisons))]
         markers = {name: _MARKERS[k % len(_MARKERS)] for k, name in enumerate(names)}
-        colors = {name: f"C{k}" for k, name in enumerate(names)}
+        cycle = STYLE["axes.prop_cycle"].by_key()["color"]
+        colors = {name: cycle[k % len(cycle)] for k, name in enumerate(names)}
         for ax, batch in zip(axes, batches, strict=True):
             of_batch = [comparison for comparison in comparisons if comparison.batch == batch]
             for comparison in of_batch:
@@ -61,7 +62,10 @@ def plot_inference(comparisons: Sequence[Comparison]) -> Figure:
             for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
         }
         figure.legend(
-            handles.values(), handles.keys(), loc="outside upper center", ncols=min(len(handles), 4)
+            handles.values(),
+            handles.keys(),
+            loc="outside upper center",
+            ncols=min(len(handles), 2 * len(batches)),
         )
     return figure
 

@@ -71,8 +71,8 @@ def test_a_vision_transformer_has_its_tokens_and_its_packings() -> None:
     comparison = compare(network_settings(network="msvit-mini"), 64, 2, shares=(1, 0, 0.5), **QUICK)
     tokens = {way.share: way.facts for way in comparison.ways if way.name == "conditional"}
     assert tokens[1]["tokens"] == tokens[1]["tokens of the ViT"] == 65
-    assert tokens[0]["tokens"] == tokens[0]["tokens padded to the longest"] == 17
-    assert 17 < tokens[0.5]["tokens"] <= tokens[0.5]["tokens padded to the longest"] < 65
+    assert tokens[0]["tokens"] == tokens[0]["padded tokens"] == 17
+    assert 17 < tokens[0.5]["tokens"] <= tokens[0.5]["padded tokens"] < 65
     assert [way.name for way in comparison.ways if way.share == 0] == ["conditional", "buckets", "padded"]
     timed = {way.name for way in comparison.ways if way.until_gated is not None}
     assert timed == {"eager", "conditional", "buckets", "padded"}

@@ -128,6 +128,6 @@ class MixedScaleViT(Network):
         lengths = (scale_of_tokens(copy.gate.decisions, cut, prefix) != 0).sum(dim=1).double()
         return {
             "tokens": lengths.mean().item(),
-            "tokens padded to the longest": lengths.max().item(),
+            "padded tokens": lengths.max().item(),
             "tokens of the ViT": prefix + cut.patches,
         }
