@@ -99,3 +99,18 @@ def test_tables_have_a_row_for_each_way() -> None:
     assert text.count("\n|") == 3 + 2 + len(comparison.ways)
     assert {len(row) for row in rows(comparison)} == {len(HEADS)}
     assert "**resnet8, gates per layer 2: one image of 8 x 8 pixels**" in text
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_copy_is_planned_on_the_images_if_asked_to(planned: bool) -> None:
+    examples: list[Tensor | None] = []
+
+    class Watched(GatedResNet):
+        def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
+            examples.append(example)
+            return super().inference_copies(network)
+
+    compare(Watched(), 8, 2, shares=(1,), planned=planned, **QUICK)
+    (example,) = examples
+    assert (example is not None) is planned
+    assert example is None or example.shape == (2, 3, 8, 8)
