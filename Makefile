@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: ablation ablation-quick bench browser help env demo figures guide test lint types unit notebooks docs format clean
+.PHONY: ablation ablation-quick bench browser help env demo figures guide inference test lint types unit notebooks docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,20 @@ guide: $(env) ## Measure all statistics anew and write the tables and figures of
 bench: $(env) ## Measure this package beside its peers and write benchmarks/results
 	$(run) pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	$(VENV)/bin/python benchmarks/bench.py
+
+# In pieces, since what a machine does beside it disturbs a short measurement less.
+inference: $(env) ## Time conditional inference beside dense inference; write benchmarks/results/inference and the guide
+	for network in resnet18 resnet34 resnet50; do \
+		$(VENV)/bin/batchshaping bench inference --networks $$network --batches 1 \
+			--output benchmarks/results/inference/$$network-1 --force && \
+		$(VENV)/bin/batchshaping bench inference --networks $$network --batches 16 --turns 20 \
+			--output benchmarks/results/inference/$$network-16 --force || exit 1; \
+	done
+	$(VENV)/bin/batchshaping bench inference --networks msvit-small16 --batches 1 --shares 0.7,0.5,0.3 \
+		--output benchmarks/results/inference/msvit-small16-1 --force
+	$(VENV)/bin/batchshaping bench inference --networks msvit-small16 --batches 32 --shares 0.7,0.5,0.3 --turns 10 \
+		--output benchmarks/results/inference/msvit-small16-32 --force
+	$(VENV)/bin/python benchmarks/inference_guide.py
 
 ablation: $(env) ## Train what is missing of the ablation on Fashion-MNIST (hours; resumable) and write what came of it
 	$(VENV)/bin/python benchmarks/ablation/ablation.py

@@ -6,8 +6,9 @@ from abc import abstractmethod
 from typing import ClassVar
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
+from batchshaping.gates.inference import conditional_inference
 from batchshaping.training.sections import Section
 
 __all__ = ["Network"]
@@ -58,3 +59,32 @@ class Network(Section):
     @abstractmethod
     def reference(self) -> str:
         """Name of the network of whose multiply-adds shares are taken, the same without gates."""
+
+    def without_gates(self) -> Network:
+        """The reference, the same network without gates: each family has a setting ``gated``."""
+        return self.model_copy(update={"gated": False})
+
+    # What measurements of inference need to know
+
+    def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
+        """The ways to compute only what is open, by name; the first is that of ``conditional_inference``.
+
+        Others differ from it in how they compute several images that have different gates.
+
+        Args:
+            network: what was built.
+            example: images to plan the computation on, or None.
+        """
+        return {"conditional": conditional_inference(network, example)}
+
+    def after_gates(self, network: nn.Module) -> nn.Module | None:
+        """The module that runs when all that gates cost has been computed; None if there is no such one.
+
+        Args:
+            network: what was built, with gates or without, or an inference copy of it.
+        """
+        return None
+
+    def facts(self, copy: nn.Module, images: Tensor) -> dict[str, float]:
+        """What else there is to tell of an inference copy and the images that it has just computed."""
+        return {}
