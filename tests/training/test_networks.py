@@ -37,10 +37,13 @@ class Perceptron(Network):
     gated: bool = True
     """Whether gates would be there."""
 
-    def build(self, classes, shape):
+    def ungated(self, classes, shape):
         channels, height, width = shape
         hidden = nn.Linear(channels * height * width, self.neurons)
         return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(self.neurons, classes))
+
+    def with_gates(self, network):
+        return network
 
     @property
     def reference(self):
