@@ -211,7 +211,7 @@ def _network(name: str, gates_per_layer: str, sides: Sequence[int]) -> Network:
         network = network_settings(network=name, gates_per_layer=gates_per_layer)
     with torch.device("meta"):  # where nothing is computed
         for side in sides:
-            network.without_gates().build(1000, (3, side, side))
+            network.ungated(1000, (3, side, side))
     return network
 
 

@@ -174,9 +174,8 @@ def compare(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         images = torch.randn(batch, 3, size, size)
-        ungated, gated = (
-            each.build(1000, (3, size, size)).eval() for each in (network.without_gates(), network)
-        )
+        ungated = network.ungated(1000, (3, size, size)).eval()
+        gated = network.build(1000, (3, size, size)).eval()
     with torch.no_grad():
         cost = MultiplyAdds.measure(gated, images[:1])
         copies = network.inference_copies(gated, images if planned else None)

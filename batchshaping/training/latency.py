@@ -161,7 +161,7 @@ def measure_run(
     """
     network, data = load_run(output, **settings)
     config = read_whole_config(output / CONFIG, **settings)
-    dense = config.network.without_gates().build(len(data.classes), data.shape)
+    dense = config.network.ungated(len(data.classes), data.shape)
     networks = {"dense": dense_inference(dense)}
     chosen = torch.linspace(0, len(data.test) - 1, min(images, len(data.test))).long().tolist()
     inputs = data.normalize(data.test.__getitems__(chosen)[0])

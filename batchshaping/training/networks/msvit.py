@@ -118,6 +118,21 @@ class MixedScaleViT(Network):
     def _patch(self) -> int:
         return self.patch if self._is_small else 16
 
+    def with_gates(self, network: nn.Module) -> nn.Module:
+        if not self.gated:
+            return network
+        return MSViT(
+            network,
+            self.coarse_side * self._patch,
+            hidden=self.scale_hidden,
+            layers=self.scale_layers,
+            bias=self.gate_bias,
+            gate=None if self.density is None else _RULES[self.gate](self.density),
+        )
+
+    def findings(self, network: nn.Module, data: Data, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {"regions": findings_on_regions(network, data, metrics)} if isinstance(network, MSViT) else {}
+
     def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
         flat: Any = super().inference_copies(network, example)["conditional"]
         others = {packing: flat.inference_twin(packing) for packing in PACKINGS if packing != flat.packing}
@@ -137,21 +152,6 @@ class MixedScaleViT(Network):
             "padded tokens": lengths.max().item(),
             "tokens of the ViT": prefix + cut.patches,
         }
-
-    def with_gates(self, network: nn.Module) -> nn.Module:
-        if not self.gated:
-            return network
-        return MSViT(
-            network,
-            self.coarse_side * self._patch,
-            hidden=self.scale_hidden,
-            layers=self.scale_layers,
-            bias=self.gate_bias,
-            gate=None if self.density is None else _RULES[self.gate](self.density),
-        )
-
-    def findings(self, network: nn.Module, data: Data, metrics: dict[str, Any]) -> dict[str, Any]:
-        return {"regions": findings_on_regions(network, data, metrics)} if isinstance(network, MSViT) else {}
 
 
 _RULES: dict[str, Callable[[float], Gate]] = {"entropy": EntropyGate, "chance": ChanceGate}

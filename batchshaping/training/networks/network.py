@@ -84,10 +84,6 @@ class Network(Section):
     def reference(self) -> str:
         """Name of the network of whose multiply-adds shares are taken, the same without gates."""
 
-    def without_gates(self) -> Network:
-        """The reference, the same network without gates: each family has a setting ``gated``."""
-        return self.model_copy(update={"gated": False})
-
     # What measurements of inference need to know
 
     def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
