@@ -166,7 +166,7 @@ def _adapted(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor
     def differs(name: str) -> bool:
         return name in adapted and name in own and adapted[name].shape != own[name].shape
 
-    if differs("pos_embed") and hasattr(network, "patch_embed"):
+    if differs("pos_embed"):
         from timm.layers.pos_embed import resample_abs_pos_embed
 
         vit: Any = network
