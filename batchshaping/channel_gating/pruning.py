@@ -183,7 +183,7 @@ class ClosedBlock(nn.Module):
             if name not in ("downsample", last, *others):
                 del block._modules[name]
         block.__class__ = cls
-        block.bias = nn.Parameter(bias, learns)  # type: ignore[assignment]
+        block.bias = nn.Parameter(bias, learns)
         block._after, block._last = tuple(others), last  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:

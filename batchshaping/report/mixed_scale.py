@@ -63,9 +63,10 @@ class MixedScale:
         return idle | ({"prior"} if config.get("hyperprior") else _OF_LEARNED_PRIORS)
 
     def view(self, result: Mapping[str, Any]) -> View:
-        config, regions = result["config"], result.get("regions")
+        config = result["config"]
         if not config["gated"]:
             return View(self.curves[0], pictures=_no_pictures(result), texts={"regions": None})
+        regions = result["regions"]
         found = _found(regions, result)
         shares = {"Fine": found["fine_share"]}
         if found["auc"] is not None:

@@ -141,7 +141,7 @@ def _of_library(library: str, name: str) -> dict[str, Tensor]:
 def _torchvision(name: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
 
-    best: Any = get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    best: Any = get_model_weights(name).DEFAULT
     # Only tensors are read from the file, whose name has its checksum.
     weights: dict[str, Tensor] = best.get_state_dict(progress=False, check_hash=True, weights_only=True)
     return weights
@@ -166,11 +166,13 @@ def _adapted(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor
     def differs(name: str) -> bool:
         return name in adapted and name in own and adapted[name].shape != own[name].shape
 
-    if differs("pos_embed") and hasattr(network, "patch_embed"):
+    if differs("pos_embed"):
         from timm.layers.pos_embed import resample_abs_pos_embed
 
-        grid, prefix = [*network.patch_embed.grid_size], network.num_prefix_tokens  # type: ignore[union-attr]
-        adapted["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], grid, num_prefix_tokens=prefix)
+        vit: Any = network
+        adapted["pos_embed"] = resample_abs_pos_embed(
+            weights["pos_embed"], [*vit.patch_embed.grid_size], num_prefix_tokens=vit.num_prefix_tokens
+        )
     layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     first = f"{layers[0]}.weight"
     if differs(first) and own[first].shape[1] == 1:

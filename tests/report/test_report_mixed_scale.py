@@ -131,7 +131,14 @@ def test_what_no_run_gives_is_refused_in_a_line(path: tuple[Any, ...], value: An
 
 def test_what_training_writes_can_be_shown(tmp_path: Path) -> None:
     small = {"network": "msvit-mini", "patch": 2, "embedding": 8, "depth": 1, "heads": 2}
-    short = {"train_images": 64, "batch_size": 32, "epochs": 1, "logger": "none", "optimizer": "adamw"}
+    short = {
+        "budget": 0.0,
+        "train_images": 64,
+        "batch_size": 32,
+        "epochs": 1,
+        "logger": "none",
+        "optimizer": "adamw",
+    }
     results = {
         name: train(RunConfig(**small, **short, **settings), tmp_path / name)
         for name, settings in RUNS.items()
