@@ -30,6 +30,7 @@ from batchshaping.gates.gate import (
     straight_through_decisions,
 )
 from batchshaping.gates.inference import conditional_inference
+from batchshaping.gates.static import prune_static_gates
 from batchshaping.gates.summary import gate_statistics, l0_penalty
 from batchshaping.losses.functional import batch_shaping
 from batchshaping.losses.generalized import GeneralizedBatchShapingLoss
@@ -69,5 +70,6 @@ __all__ = [
     "gated_resnet56",
     "gates_forced",
     "l0_penalty",
+    "prune_static_gates",
     "straight_through_decisions",
 ]

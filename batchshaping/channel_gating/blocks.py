@@ -13,6 +13,7 @@ several neighbouring ones. A bottleneck has two inner convolutions and gates for
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, TypeAlias, TypeVar
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from batchshaping.channel_gating.inference import ConditionalBlock, Step
+from batchshaping.channel_gating.pruning import ClosedBlock, GatedLayer, keep_layers, what_stays
 from batchshaping.gates.channel import ChannelGate
 from batchshaping.gates.cost import ConvolutionTerm, Run, convolution_terms
 from batchshaping.gates.gate import keep_every_run, whole_number
@@ -65,10 +67,10 @@ class GatedBlock(nn.Module):
     ungated: ClassVar[str]
     """The class of the blocks, by module and name. It is not imported: its blocks exist only where it is."""
 
-    convolutions: ClassVar[Mapping[str, tuple[str | None, str | None]]]
-    """Names of the convolutions, with that of the gate of their input and of their output."""
+    convolutions: Mapping[str, tuple[str | None, str | None]]
+    """Names of the convolutions, with those of the gates of their input and output, or None without gates."""
 
-    inner: ClassVar[Mapping[str, str]] = {}
+    inner: Mapping[str, str] = {}
     """Names of layers other than activations between an inner convolution and the next, with that of the gate
     of their channels. They must treat each channel alone, since closed channels are left out."""
 
@@ -89,7 +91,7 @@ class GatedBlock(nn.Module):
     conv2: nn.Conv2d
     bn2: nn.Module
     downsample: nn.Module | None
-    gate1: ChannelGate
+    gate1: ChannelGate | None
 
     def __init__(
         self,
@@ -174,6 +176,7 @@ class GatedBlock(nn.Module):
         if not isinstance(getattr(self, self.before_last or "", None), nn.Identity | None):
             return self
         steps = []
+        *_, outer = self.convolutions
         for name, (_, gate) in self.convolutions.items():
             convolution: nn.Conv2d = getattr(self, name)
             layers = [
@@ -181,7 +184,7 @@ class GatedBlock(nn.Module):
             ]
             norm = layers.pop(0) if layers and can_be_folded(layers[0]) else None
             layers = [layer for layer in layers if not _is_identity_in_evaluation(layer)]
-            if not can_be_packed(convolution) or (gate and not all(map(_is_elementwise, layers))):
+            if not can_be_packed(convolution) or (name != outer and not all(map(_is_elementwise, layers))):
                 return self
             activation = layers[0] if len(layers) == 1 else nn.Sequential(*layers) if layers else None
             steps.append(
@@ -196,9 +199,82 @@ class GatedBlock(nn.Module):
             [*inner, last._replace(activation=None)], downsample, end, getattr(self, self.last)
         )
 
+    def remove_static_gates(self, always: Mapping[str, Sequence[bool | None]]) -> None:
+        """Remove gates that are always open or always closed, and the channels of the latter, in place.
+
+        The block stays a gated one if anything is left between its convolutions, and else becomes a
+        :class:`~batchshaping.channel_gating.pruning.ClosedBlock`.
+
+        Args:
+            always: for each gate, by the name of its module in the block, whether it is always open (True),
+                always closed (False) or neither (None).
+        """
+        *inner, last = self.convolutions
+        layers = []
+        for name, after in itertools.pairwise(self.convolutions):
+            _, gate = self.convolutions[name]
+            channels = getattr(self, name).out_channels
+            layers.append(
+                GatedLayer(
+                    getattr(self, gate).sizes or (1,) * channels if gate else (channels,),
+                    always[gate] if gate else (),
+                    getattr(self, after).groups,
+                    self._can_be_cut(name, after),
+                )
+            )
+        kept = what_stays(layers, may_close=can_be_folded(getattr(self, self.after[last][0])))
+        if kept is None:
+            ClosedBlock.take_the_place_of(self, last, self.after[last], self.last)
+            return
+        convolutions = [getattr(self, name) for name in self.convolutions]
+        keep_layers(convolutions, [self._between(name) for name in inner], kept)
+        gone = set()
+        for name, layer in zip(inner, kept, strict=True):
+            _, gate = self.convolutions[name]
+            if gate and layer.gates:
+                getattr(self, gate).keep(layer.gates, layer.sizes)
+            elif gate:
+                setattr(self, gate, None)
+                gone.add(gate)
+        # Of this block, and no longer of its class.
+        self.inner = {name: gate for name, gate in self.inner.items() if gate not in gone}
+        self.convolutions = {
+            name: (None if before in gone else before, None if after in gone else after)
+            for name, (before, after) in self.convolutions.items()
+        }
+
+    def _between(self, convolution: str) -> list[nn.Module]:
+        """The layers between a convolution and the next."""
+        names = [*self.after[convolution]]
+        if convolution == [*self.convolutions][-2] and self.before_last is not None:
+            names.append(self.before_last)
+        return [layer for layer in (getattr(self, name) for name in names) if layer is not None]
+
+    def _can_be_cut(self, convolution: str, after: str) -> bool:
+        """Whether channels between a convolution and the next can be left out and change places."""
+        first, *_, last = self.convolutions
+        for name in (convolution, after):
+            layer = getattr(self, name)
+            # The weights of a parametrized convolution, for example, are none of its own.
+            if type(layer) is not nn.Conv2d or "weight" not in layer._parameters:
+                return False
+            if name in (first, last) and layer.groups > 1:
+                return False
+        return all(
+            _treats_channels_alone(layer) or _is_elementwise(layer) for layer in self._between(convolution)
+        )
+
     def shortcut(self, x: Tensor) -> Tensor:
         """The block's input, in the shape of its output."""
         return x if self.downsample is None else self.downsample(x)
+
+
+def _gated(inner: Tensor, gate: ChannelGate | None, x: Tensor) -> Tensor:
+    """Inner channels, switched by gates that read the input of the block, if there are any."""
+    if gate is None:
+        return inner
+    switched: Tensor = gate(x) * inner
+    return switched
 
 
 class GatedBasicBlock(GatedBlock):
@@ -226,7 +302,7 @@ class GatedBasicBlock(GatedBlock):
     relu: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.gate1(x) * self.relu(self.bn1(self.conv1(x)))
+        inner = _gated(self.relu(self.bn1(self.conv1(x))), self.gate1, x)
         outer: Tensor = self.bn2(self.conv2(inner))
         return self.relu(outer + self.shortcut(x))  # type: ignore[no-any-return]
 
@@ -256,11 +332,11 @@ class GatedBottleneck(GatedBlock):
     relu: nn.Module
     conv3: nn.Conv2d
     bn3: nn.Module
-    gate2: ChannelGate
+    gate2: ChannelGate | None
 
     def forward(self, x: Tensor) -> Tensor:
-        reduced = self.gate1(x) * self.relu(self.bn1(self.conv1(x)))
-        inner = self.gate2(x) * self.relu(self.bn2(self.conv2(reduced)))
+        reduced = _gated(self.relu(self.bn1(self.conv1(x))), self.gate1, x)
+        inner = _gated(self.relu(self.bn2(self.conv2(reduced))), self.gate2, x)
         outer: Tensor = self.bn3(self.conv3(inner))
         return self.relu(outer + self.shortcut(x))  # type: ignore[no-any-return]
 
@@ -314,7 +390,7 @@ class GatedTimmBasicBlock(_GatedTimmBlock):
             nn.init.zeros_(self.bn2.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.gate1(x) * self.act1(self.drop_block(self.bn1(self.conv1(x))))
+        inner = _gated(self.act1(self.drop_block(self.bn1(self.conv1(x)))), self.gate1, x)
         outer = self.branch(self.bn2(self.conv2(self.aa(inner))))
         return self.act2(outer + self.shortcut(x))  # type: ignore[no-any-return]
 
@@ -350,7 +426,7 @@ class GatedTimmBottleneck(_GatedTimmBlock):
     conv3: nn.Conv2d
     bn3: nn.Module
     act3: nn.Module
-    gate2: ChannelGate
+    gate2: ChannelGate | None
 
     def zero_init_last(self) -> None:
         """Let the block start as its shortcut, as ``timm.models.resnet.ResNet.init_weights`` asks for."""
@@ -358,8 +434,8 @@ class GatedTimmBottleneck(_GatedTimmBlock):
             nn.init.zeros_(self.bn3.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        reduced = self.gate1(x) * self.act1(self.bn1(self.conv1(x)))
-        inner = self.gate2(x) * self.act2(self.drop_block(self.bn2(self.conv2(reduced))))
+        reduced = _gated(self.act1(self.bn1(self.conv1(x))), self.gate1, x)
+        inner = _gated(self.act2(self.drop_block(self.bn2(self.conv2(reduced)))), self.gate2, x)
         outer = self.branch(self.bn3(self.conv3(self.aa(inner))))
         return self.act3(outer + self.shortcut(x))  # type: ignore[no-any-return]
 

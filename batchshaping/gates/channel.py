@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchshaping.gates.gate import Gate, layer_of_logits, whole_number
 
-__all__ = ["ChannelGate", "even_sizes", "to_channels"]
+__all__ = ["ChannelGate", "even_sizes", "keep_channels", "to_channels"]
 
 
 class ChannelGate(Gate):
@@ -29,7 +32,8 @@ class ChannelGate(Gate):
         dtype: their type; as PyTorch chooses by default.
 
     Attributes:
-        sizes: how many channels each gate switches, in their order; None if it is one each.
+        sizes: how many channels each gate switches, in their order; None if it is one each. One number more
+            than there are gates is that of channels at the end that no gate switches, see :meth:`keep`.
 
     Shape:
         x is (N, in_channels, ...) with any number of dimensions to pool over, or none. What the module
@@ -87,6 +91,12 @@ class ChannelGate(Gate):
             last,
         )
 
+    @property
+    def gates(self) -> int:
+        """How many gates there are."""
+        last: Any = self.to_logits[-1]
+        return int(last.out_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """Zeros and ones of shape (N, out_channels, 1, ...), of x's number of dimensions."""
         # torch.jit.trace warns of every question about a shape.
@@ -95,6 +105,26 @@ class ChannelGate(Gate):
         pooled = x.flatten(2).mean(dim=2) if x.ndim > 2 else x
         gates = to_channels(self.decide(self.to_logits(pooled)), self.sizes)
         return gates.reshape(*gates.shape, *[1] * (x.ndim - 2))
+
+    def keep(self, gates: Sequence[int], sizes: Sequence[int]) -> None:
+        """Drop all gates but some, in place. The logits of those stay as they are.
+
+        Args:
+            gates: indices of those that stay, at least one, in the order of what they switch.
+            sizes: how many channels each of them switches, and, as one number more, how many channels after
+                those no gate switches.
+
+        Example:
+            >>> gate = ChannelGate(in_channels=8, out_channels=32, gates=4).eval()
+            >>> gate.keep([3, 1], sizes=(8, 8, 5))
+            >>> x = torch.randn(2, 8)
+            >>> gate(x).shape, gate.decisions.shape, bool(gate(x)[:, 16:].all())
+            (torch.Size([2, 21]), torch.Size([2, 2]), True)
+        """
+        last: Any = self.to_logits[-1]
+        keep_channels(last, last.out_features, gates)
+        self.sizes = tuple(sizes) if len(sizes) > len(gates) or {*sizes} != {1} else None
+        self._runs = ()
 
     def _refuse_unreadable(self, x: Tensor) -> None:
         if x.ndim < 2 or x.shape[1] != self.in_channels:
@@ -125,7 +155,8 @@ def to_channels(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
 
     Args:
         values: of shape (N, gates).
-        sizes: how many channels each gate switches, as :func:`even_sizes` gives them; None if it is one each.
+        sizes: how many channels each gate switches; None if it is one each. One number more is that of
+            channels at the end that no gate switches: their value is 1.
 
     Returns:
         A tensor of shape (N, channels).
@@ -133,12 +164,43 @@ def to_channels(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
     Example:
         >>> to_channels(torch.tensor([[0.1, 0.7]]), sizes=(3, 2))
         tensor([[0.1000, 0.1000, 0.1000, 0.7000, 0.7000]])
+        >>> to_channels(torch.tensor([[0.1, 0.7]]), sizes=(1, 2, 3))
+        tensor([[0.1000, 0.7000, 0.7000, 1.0000, 1.0000, 1.0000]])
     """
     if sizes is None:
         return values
-    larger, smaller = sizes[0], sizes[-1]
-    number = sizes.count(larger)
-    if number == len(sizes):
-        return values.unsqueeze(2).expand(-1, -1, larger).flatten(1)
-    parts = [(values[:, :number], larger), (values[:, number:], smaller)]
-    return torch.cat([part.unsqueeze(2).expand(-1, -1, size).flatten(1) for part, size in parts], dim=1)
+    if len(sizes) > values.shape[1]:
+        values = F.pad(values, (0, 1), value=1.0)
+    parts, end = [], 0
+    for size, gates in groupby(sizes):
+        first, end = end, end + len([*gates])
+        parts.append(values[:, first:end].unsqueeze(2).expand(-1, -1, size).flatten(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def keep_channels(layer: nn.Module, before: int, channels: Sequence[int]) -> None:
+    """Drop all outputs of a layer but some, in place: of a convolution, a linear layer or a normalization.
+
+    Args:
+        layer: the layer. One that has nothing for each output, such as an activation, stays as it is.
+        before: how many outputs it has.
+        channels: indices of those that stay, in their new order.
+
+    Example:
+        >>> layer = nn.Linear(4, 8)
+        >>> keep_channels(layer, 8, [6, 1])
+        >>> layer, layer.bias.shape
+        (Linear(in_features=4, out_features=2, bias=True), torch.Size([2]))
+    """
+    for module in layer.modules():
+        kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in kinds:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.ndim and len(tensor) == before:
+                    kept = tensor.detach()[list(channels)]
+                    if isinstance(tensor, nn.Parameter):
+                        kept = nn.Parameter(kept, tensor.requires_grad)
+                    tensors[name] = kept
+        for name in ("out_features", "out_channels", "num_features", "channels"):
+            if getattr(module, name, None) == before:
+                setattr(module, name, len(channels))

@@ -106,8 +106,8 @@ class GateRun(NamedTuple):
         name: name of the gate's module in the model.
         first: index of the first value of this run.
         end: index after its last value.
-        sizes: how many channels each value switches, as in :class:`~batchshaping.gates.channel.ChannelGate`;
-            None if it is one each.
+        sizes: how many channels each value switches, and how many no gate does, as in
+            :class:`~batchshaping.gates.channel.ChannelGate`; None if it is one each.
     """
 
     name: str
@@ -166,7 +166,7 @@ class ConvolutionTerm:
 def convolution_terms(
     run: Run, convolutions: Mapping[str, tuple[str | None, str | None]]
 ) -> Iterator[ConvolutionTerm]:
-    """The terms of the convolutions in a module.
+    """The terms of the convolutions in a module whose channels are switched.
 
     Args:
         run: the run of the module.
@@ -176,7 +176,8 @@ def convolution_terms(
     for convolution, gates in convolutions.items():
         layer = run.of(convolution)
         switching = tuple(run.gate(gate) for gate in gates if gate is not None)
-        yield ConvolutionTerm(layer.name, layer.macs, getattr(layer.module, "groups", 1), switching)
+        if switching:
+            yield ConvolutionTerm(layer.name, layer.macs, getattr(layer.module, "groups", 1), switching)
 
 
 # What is measured

@@ -21,6 +21,7 @@ __all__ = [
     "Gate",
     "OneStep",
     "binary_concrete",
+    "follow_gates",
     "gate_decisions",
     "gate_probabilities",
     "is_recomputing",
@@ -148,7 +149,7 @@ class Gate(OneStep):
     """
 
     noise: Tensor
-    _runs: tuple[tuple[Tensor, Tensor], ...]  # logits and decisions of each run
+    _runs: tuple[tuple[Tensor, Tensor | None], ...]  # logits and decisions of each run; None: by the logits
     _pass: ForwardPasses | None  # whose forward pass is under way
     _forced: tuple[Callable[[Tensor], Tensor], ...]
 
@@ -173,11 +174,15 @@ class Gate(OneStep):
         if logits.ndim == 0:
             raise ValueError("logits must have shape (N, ...), received a single number")
         decisions = self._forced[-1](logits) if self._forced else self._decided(logits)
+        self._keep(logits, decisions)
+        return decisions
+
+    def _keep(self, logits: Tensor, decisions: Tensor | None) -> None:
+        """Keep a run, to be read; without decisions where they follow from the logits in evaluation."""
         # An exported program has no state, and the tensors that it is made with have no values.
         if not _is_exporting() and not is_recomputing():
             earlier = () if self._pass is None else self._runs
             self._runs = (*earlier, (logits, decisions))
-        return decisions
 
     def _decided(self, logits: Tensor) -> Tensor:
         """What the logits decide."""
@@ -219,7 +224,12 @@ class Gate(OneStep):
         Raises:
             RuntimeError: if there was no forward pass. It is an AttributeError too.
         """
-        return self._side_by_side([decisions.detach() for _, decisions in self._runs])
+        return self._side_by_side(
+            [
+                (self._decided(logits) if decisions is None else decisions).detach()
+                for logits, decisions in self._runs
+            ]
+        )
 
     @property
     def straight_through_decisions(self) -> Tensor:
@@ -377,6 +387,19 @@ def keep_every_run(model: nn.Module) -> None:
     passes = ForwardPasses(model)
     model.register_forward_pre_hook(passes.begin, prepend=True)
     model.register_forward_hook(passes.end, always_call=True)
+
+
+def follow_gates(model: nn.Module) -> None:
+    """Tell what :func:`keep_every_run` asked of a model, and of modules in it, which gates they have now.
+
+    Args:
+        model: a module some of whose gates were removed or replaced.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            passes = getattr(hook, "__self__", None)
+            if isinstance(passes, ForwardPasses):
+                passes.follow(module)
 
 
 def gate_probabilities(model: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 
-from batchshaping.gates.gate import ForwardPasses, Gate, named_gates
+from batchshaping.gates.gate import Gate, follow_gates
 from batchshaping.gates.packed import (
     PackedConvolution,
     by_onednn,
@@ -77,7 +77,7 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
         A module of the class of the network, in evaluation.
 
     Raises:
-        ValueError: if the model has no gates, or none that switch something in a module that can be replaced;
+        ValueError: if no module of the model, such as a gated block, knows how to compute only what is open;
             or if a weight is not finite.
 
     Example:
@@ -88,7 +88,6 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
         ...     torch.allclose(fast(x), network(x), rtol=1e-4, atol=1e-4)
         True
     """
-    named_gates(model)
     for name, tensor in model.state_dict().items():
         if not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise ValueError(f"weights must be finite, received {name} with a value that is not")
@@ -104,11 +103,7 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
         if isinstance(module, Conditional)
     }
     made = fold_and_pack(made, twins)
-    for module in made.modules():
-        for hook in module._forward_pre_hooks.values():
-            passes = getattr(hook, "__self__", None)
-            if isinstance(passes, ForwardPasses):
-                passes.follow(module)
+    follow_gates(made)
     made.register_forward_pre_hook(_begin)
     made.register_forward_hook(_end, always_call=True)
     made.eval()

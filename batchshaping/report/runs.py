@@ -11,6 +11,7 @@ from typing import Any
 from batchshaping.report.checked import OutOfRangeError, number
 from batchshaping.report.families import family_of
 from batchshaping.report.family import Family, View
+from batchshaping.report.latency import Latency, read_latency
 from batchshaping.report.texts import setting_text, shortened
 from batchshaping.storage.files import quoted
 from batchshaping.training.config import MAY_CHANGE, SETTINGS
@@ -45,6 +46,7 @@ class Run:
         multiply_adds: mean over the test images.
         reference: what it is compared with.
         epochs: number, accuracy and multiply-adds of each epoch that was evaluated.
+        latency: how long its images take, if that was measured.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Run:
     multiply_adds: float
     reference: Reference
     epochs: list[dict[str, float]]
+    latency: Latency | None
 
     @property
     def share(self) -> float:
@@ -191,6 +194,7 @@ def _run(name: str, result: Mapping[str, Any]) -> Run:
             {metric: number(epoch[metric]) for metric in ("epoch", "accuracy", "multiply_adds")}
             for epoch in result["history"]
         ],
+        latency=read_latency(result),
     )
 
 

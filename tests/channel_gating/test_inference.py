@@ -6,94 +6,31 @@ import copy
 import io
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
+from gated_resnets import LARGE, NETWORKS, make, output, with_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock
 
 import batchshaping as bs
+from batchshaping.channel_gating import inference
 from batchshaping.channel_gating.blocks import GatedBlock
 from batchshaping.channel_gating.inference import ConditionalBlock, SwitchedConvolution, open_channels
-from batchshaping.channel_gating.resnets import SmallImageResNet
 from batchshaping.gates.forced import gates_forced
 from batchshaping.gates.gate import Gate, gate_decisions, gate_probabilities, keep_every_run, named_gates
 from batchshaping.gates.packed import PackedConvolution, only_plain
 
 SHARES = [0.0, 0.3, 0.6, 1.0]
 WAYS = ["masked", "sliced", "gathered", "by group"]
-
-
-def with_statistics(model: nn.Module) -> nn.Module:
-    """With normalizations that do something."""
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    return model.eval()
-
-
-def tiny(block: type[nn.Module], channels: int = 64, stride: int = 1, **arguments: int) -> nn.Sequential:
-    """Two blocks between a stem and a head."""
-    out = channels * block.expansion
-    downsample = nn.Sequential(nn.Conv2d(24, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-    return nn.Sequential(
-        nn.Conv2d(3, 24, 3, 2, bias=False),
-        nn.BatchNorm2d(24),
-        nn.ReLU(),
-        block(24, channels, stride, downsample, **arguments),
-        block(out, channels, **arguments),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(out, 5),
-    )
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "basic": lambda: tiny(BasicBlock, stride=2),
-    "basic, no multiple of 16": lambda: tiny(BasicBlock, 50),
-    "bottleneck": lambda: tiny(Bottleneck, stride=2),
-    "bottleneck, no multiple of 16": lambda: tiny(Bottleneck, 50),
-    "ResNeXt": lambda: tiny(Bottleneck, stride=2, groups=8, base_width=8),
-    "ResNeXt, groups that gates divide": lambda: tiny(Bottleneck, groups=2, base_width=24),
-    "dilated": lambda: tiny(Bottleneck, dilation=2),
-    "small images": lambda: SmallImageResNet(8, 5, width=32),
-}
-LARGE: dict[str, Callable[[], nn.Module]] = {
-    **{
-        name: lambda name=name: torchvision.models.get_model(name, num_classes=5)
-        for name in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
-    },
-    **{
-        f"timm {name}": lambda name=name: timm.create_model(name, num_classes=5)
-        for name in ("resnet18", "resnet26d", "seresnet50", "resnetaa50")
-    },
-    **{
-        name: lambda name=name: torchvision.models.get_model(name, weights_backbone=None, num_classes=3)
-        for name in ("fcn_resnet50", "deeplabv3_resnet50")
-    },
-}
-
-
-def make(name: str, gates: object = 8) -> nn.Module:
-    torch.manual_seed(0)
-    return bs.gate_resnet(with_statistics({**NETWORKS, **LARGE}[name]()), gates_per_layer=gates).eval()
-
-
-def output(y: Tensor | dict[str, Tensor]) -> Tensor:
-    return y["out"] if isinstance(y, dict) else y
 
 
 def both(
@@ -123,7 +60,7 @@ def blocks(fast: nn.Module) -> list[ConditionalBlock]:
 def always(fast: nn.Module, way: str) -> Iterator[None]:
     """Let blocks compute in one way wherever they can."""
     before = ConditionalBlock._way
-    ConditionalBlock._way = lambda self, _: way if way in self._ways() else "masked"
+    ConditionalBlock._way = lambda self, _: way if way in self._ways else "masked"
     try:
         yield
     finally:
@@ -223,7 +160,7 @@ def test_without_onednn_it_gives_the_same(name: str, gates: int | None) -> None:
                 assert_equal(network, fast, torch.randn(5, 3, 32, 32), 0.5)
         assert_equal(network, fast, torch.randn(1, 3, 32, 32), 0.5)
     for layer in packed(fast):
-        for parts in layer._parts.values():
+        for parts in layer._by_size.values():
             assert not any(weight.is_mkldnn for part in parts.values() for weight, _ in part)
 
 
@@ -309,24 +246,26 @@ def test_a_forward_pass_that_cannot_be_traced_gives_the_same() -> None:
 # It computes what is open alone
 
 
-def test_closed_blocks_compute_nothing_but_the_shortcut() -> None:
+def test_closed_blocks_compute_nothing_but_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = bs.conditional_inference(make("basic"))
     calls = []
-    for block in blocks(fast):
-        for layer in (block.conv1, block.conv2):
-            for method in ("parts", "_gathered", "_columns"):
-                original = getattr(layer, method)
-                setattr(layer, method, lambda *args, original=original: (calls.append(1), original(*args))[1])
-    with torch.no_grad(), gates_forced(fast, 0.0):
-        fast(torch.randn(2, 3, 32, 32))
-    assert not calls
+    for name in ("convolve", "convolve_add"):
+        original = getattr(inference, name)
+        monkeypatch.setattr(
+            inference, name, lambda *args, original=original: (calls.append(1), original(*args))[1]
+        )
+    for _ in range(3):
+        with torch.no_grad(), gates_forced(fast, 0.0):
+            fast(torch.randn(2, 3, 32, 32))
+        assert not calls
     with torch.no_grad(), gates_forced(fast, 0.5):
         fast(torch.randn(2, 3, 32, 32))
     assert calls
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [("basic", "sliced"), ("basic", "gathered"), ("bottleneck", "gathered")]
+    ("name", "way"),
+    [("basic", "sliced"), ("basic", "gathered"), ("bottleneck", "sliced"), ("bottleneck", "gathered")],
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_the_operations_that_run_are_the_multiply_adds_that_are_counted(
@@ -409,9 +348,9 @@ def test_copies_give_the_same_and_hold_nothing_packed(name: str, how: str) -> No
     x = torch.randn(2, 3, 32, 32)
     for _ in range(2):
         assert_equal(network, fast, x, 0.5)
-    assert any(parts for layer in packed(fast) for parts in layer._parts.values())
+    assert any(parts for layer in packed(fast) for parts in layer._by_size.values())
     other = copied(fast, how)
-    assert not any(layer._parts or layer._made for layer in packed(other))
+    assert not any(layer._by_size or layer._made for layer in packed(other))
     assert_equal(network, other, x, 0.5)
 
 
@@ -490,8 +429,10 @@ def test_weights_are_packed_for_the_latest_sizes_and_no_pattern_of_gates_adds_an
     fast = bs.conditional_inference(make("basic"))
 
     def number() -> int:
-        every = [part for layer in packed(fast) for parts in layer._parts.values() for part in parts.values()]
-        return sum(map(len, every))
+        every = [
+            made for layer in packed(fast) for by_name in layer._by_size.values() for made in by_name.items()
+        ]
+        return sum(len(parts) for name, parts in every if name != "programs")
 
     with torch.no_grad(), always(fast, "sliced"):
         numbers = []
@@ -505,7 +446,7 @@ def test_weights_are_packed_for_the_latest_sizes_and_no_pattern_of_gates_adds_an
         assert numbers[10] == numbers[-1]
         for size in range(20, 40):
             fast(torch.randn(1, 3, size, size))
-        assert all(len(layer._parts) <= PackedConvolution.SIZES for layer in packed(fast))
+        assert all(len(layer._by_size) <= PackedConvolution.SIZES for layer in packed(fast))
 
 
 def test_tracers_follow_a_copy() -> None:
@@ -536,7 +477,7 @@ def test_a_plan_is_measured_for_the_example_and_kept(name: str, n: int) -> None:
     fast = bs.conditional_inference(network, x)
     for block in blocks(fast):
         ((size, plan),) = block.plans.items()
-        assert size[0] == min(n, 2) and all(way in block._ways() for _, way in plan)
+        assert size[0] == min(n, 2) and all(way in block._ways for _, way in plan)
         assert [limit for limit, _ in plan] == sorted(limit for limit, _ in plan)
     for model in (fast, copy.deepcopy(fast)):
         for share in SHARES:

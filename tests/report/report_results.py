@@ -99,6 +99,24 @@ def result(
     }
 
 
+def latency(*networks: str, images: int = 40) -> dict[str, Any]:
+    """What measuring the latency of a run gives: milliseconds that grow with multiply-adds."""
+    spent = np.linspace(0.2, 0.6, images) * DENSE
+    noise = np.random.default_rng(0).normal(0, 1e-5, images)
+    return {
+        "version": 1,
+        "result": "0",
+        "machine": {"processor": "a processor", "threads": 2},
+        "repeats": 5,
+        "images": [*range(images)],
+        "multiply_adds": spent.tolist(),
+        "seconds": {
+            name: (1e-3 + (spent if name == "conditional" else DENSE) * 1e-9 + noise).tolist()
+            for name in networks or ("conditional", "dense")
+        },
+    }
+
+
 def drawn(html: str) -> Any:
     """What the script of a page is given to draw."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)

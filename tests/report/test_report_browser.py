@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_results import BINS, DENSE, HOSTILE, LAYERS, of_two_scales, result, stated
+from report_results import BINS, DENSE, HOSTILE, LAYERS, latency, of_two_scales, result, stated
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -45,6 +45,8 @@ PAGES = {
         "fashion, wide": result(data="fashion-mnist", width=32, gated=False),
         "unknown": stated(result(data="fashion-mnist", share=0.2), "of the future"),
     },
+    # Times were measured of one of them.
+    "timed": {"a": RUNS["shaped 0"] | {"latency": latency()}, "b": RUNS["L0"]},
 }
 OF_GATES = {"layers": 4, "histogram": 2, "multiply-adds": 2, "open": 2, "weights": 3, "heatmap": 1}
 OF_GATES["class-multiply-adds"] = 1
@@ -55,6 +57,7 @@ TRADEOFF = {
     "hostile": {"tradeoff-0": 2},
     "few": {"tradeoff-0": 2},
     "mixed": {"tradeoff-1": 3},
+    "timed": {"tradeoff-0": 2, "latency": 2},
 }
 
 
@@ -547,6 +550,22 @@ def test_the_dark_is_dark_and_paper_is_light_and_narrow(browser: WebDriver, fold
     assert luminance(background) > 192 and luminance(text) < 64
     assert printed <= 700 < width
     assert page.run(look)[2] == width
+
+
+# Latency
+
+
+def test_the_times_are_those_of_the_chosen_run(browser: WebDriver, folder: Path) -> None:
+    page = Page(browser, folder / "timed.html")
+    measured = latency()
+    points, line = page.traces("latency")
+    assert points["x"] == measured["multiply_adds"]
+    assert points["y"] == pytest.approx([1e3 * time for time in measured["seconds"]["conditional"]])
+    assert line["y"] == pytest.approx([1e3 * float(np.median(measured["seconds"]["dense"]))] * 2)
+    assert "40 test images" in page.text() and "Not measured for this run" not in page.text()
+    page.select("run").select_by_visible_text("b")
+    assert "latency" not in page.figures()
+    assert "40 test images" not in page.text() and "Not measured for this run" in page.text()
 
 
 def test_runs_of_two_scales_have_maps_and_masks(browser: WebDriver, tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from batchshaping.gates.gate import Gate
 from batchshaping.mixed_scale.msvit import MSViT
+from batchshaping.mixed_scale.packed import PACKINGS
 from batchshaping.mixed_scale.rules import ChanceGate, EntropyGate
+from batchshaping.mixed_scale.tokens import scale_of_tokens
+from batchshaping.mixed_scale.vits import adapter_of
 from batchshaping.training.data.dataset import Data
 from batchshaping.training.networks.network import Network
 from batchshaping.training.regions import findings_on_regions
@@ -129,6 +132,26 @@ class MixedScaleViT(Network):
 
     def findings(self, network: nn.Module, data: Data, metrics: dict[str, Any]) -> dict[str, Any]:
         return {"regions": findings_on_regions(network, data, metrics)} if isinstance(network, MSViT) else {}
+
+    def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
+        flat: Any = super().inference_copies(network, example)["conditional"]
+        others = {packing: flat.inference_twin(packing) for packing in PACKINGS if packing != flat.packing}
+        return {"conditional": flat, **others}
+
+    def after_gates(self, network: nn.Module) -> nn.Module:
+        vit = network.vit if isinstance(network, MSViT) else network
+        return next(iter(adapter_of(vit).blocks))
+
+    def facts(self, copy: nn.Module, images: Tensor) -> dict[str, float]:
+        assert isinstance(copy, MSViT)
+        cut = copy.cut(images)
+        prefix = len(adapter_of(copy.vit).prefix())
+        lengths = (scale_of_tokens(copy.gate.decisions, cut, prefix) != 0).sum(dim=1).double()
+        return {
+            "tokens": lengths.mean().item(),
+            "padded tokens": lengths.max().item(),
+            "tokens of the ViT": prefix + cut.patches,
+        }
 
 
 _RULES: dict[str, Callable[[float], Gate]] = {"entropy": EntropyGate, "chance": ChanceGate}

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
+from batchshaping.gates.inference import conditional_inference
 from batchshaping.training.data.dataset import Data
 from batchshaping.training.sections import Section
 
@@ -82,6 +83,33 @@ class Network(Section):
     @abstractmethod
     def reference(self) -> str:
         """Name of the network of whose multiply-adds shares are taken, the same without gates."""
+
+    # What measurements of inference need to know
+
+    def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
+        """The ways to compute only what is open, by name; the first is that of ``conditional_inference``.
+
+        Others differ from it in how they compute several images that have different gates.
+
+        Args:
+            network: what was built.
+            example: images to plan the computation on, or None.
+        """
+        return {"conditional": conditional_inference(network, example)}
+
+    def after_gates(self, network: nn.Module) -> nn.Module | None:
+        """The module that runs when all that gates cost has been computed; None if there is no such one.
+
+        Args:
+            network: what was built, with gates or without, or an inference copy of it.
+        """
+        return None
+
+    def facts(self, copy: nn.Module, images: Tensor) -> dict[str, float]:
+        """What else there is to tell of an inference copy and the images that it has just computed."""
+        return {}
+
+    # What a result tells
 
     def findings(self, network: nn.Module, data: Data, metrics: dict[str, Any]) -> dict[str, Any]:
         """What a result has of the networks of this family alone, as JSON has it.
