@@ -163,8 +163,8 @@ def _choose_bundles(layers: Sequence[SwitchedConvolution]) -> None:
     def memory(layer: int) -> int:
         """Of the packed weights: all combinations of n gates together have 2^(n - 1) times the weights."""
         weight = layers[layer].weight
-        around = sum(between[max(layer - 1, 0) : layer + 1]) - len(between[max(layer - 1, 0) : layer + 1])
-        return int(weight.numel() * weight.element_size() * 2**around)
+        before, after = [1, *between, 1][layer : layer + 2]
+        return int(weight.numel() * weight.element_size() * 2 ** (before - 1 + after - 1))
 
     # One more gate at a time, for the smallest bundle, as long as the layers before and after it allow it.
     growing = True
@@ -235,13 +235,10 @@ class SwitchedConvolution(PackedConvolution):
             weight = _joined(weight.split(self.inputs, dim=1), inputs, dim=1)
         return channels_last(weight), bias
 
-    def by_output_gate(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Plain weight and bias of the output channels of each gate."""
-        return [self.part(None, (gate,)) for gate in range(len(self.outputs or ()))]
-
     def by_input_gate(self) -> Sequence[Tensor]:
-        """Plain weight of the input channels of each gate."""
-        return [self.part((gate,), None)[0] for gate in range(len(self.inputs or ()))]
+        """Plain weight of the input channels of each gate, copied once."""
+        gates = range(len(self.inputs or ()))
+        return self.kept("by input gate", lambda: [self.part((gate,), None)[0] for gate in gates])
 
     def _all_parts(self) -> Iterator[tuple[tuple[Gates | None, Gates | None], Tensor, Tensor]]:
         (size_in, size_out) = self.bundle_sizes
@@ -725,11 +722,9 @@ class ConditionalBlock(OneStep):
             return "masked"
         if not batch.x.is_cpu and len(batch.x) > 1:
             return "by group" if "by group" in ways else "masked"
-        # A convolution between two layers of gates is cut twice, which pays where few parts are left.
-        few = all(
-            size >= len(layer.outputs or ()) for layer in self._layers[1:] for size in layer.bundle_sizes[1:]
-        )
-        return "sliced" if "sliced" in ways and (len(self._inner) == 1 or few) else "gathered"
+        # A convolution between two layers of gates is cut twice, which pays where it has few parts.
+        few = all(layer.bundle_sizes[1] >= len(layer.outputs or ()) for layer in self._layers[1:])
+        return "sliced" if "sliced" in ways and few else "gathered"
 
     def _masked(self, batch: _Batch) -> Tensor:
         """All channels; closed ones are set to zero."""
@@ -778,7 +773,7 @@ class ConditionalBlock(OneStep):
                     continue
                 index = torch.tensor(which, device=h.device)
                 x = h if len(which) == h.shape[0] else channels_last(h.index_select(0, index))
-                weight, bias = layer.by_output_gate()[gate]
+                weight, bias = layer.part(None, (gate,))
                 part = inner.activated(convolve(x, weight, bias, layer.settings, layer.relu))
                 if is_last:
                     weight = last.by_input_gate()[gate]
