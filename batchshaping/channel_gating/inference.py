@@ -33,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchshaping.channel_gating.branches import BranchedLayer, add_branches, can_branch
 from batchshaping.gates.channel import ChannelGate, to_channels
 from batchshaping.gates.cost import ConvolutionTerm, Run, convolution_terms
-from batchshaping.gates.gate import Gate, OneStep
+from batchshaping.gates.gate import Gate, OneStep, is_exporting
 from batchshaping.gates.packed import (
     PackedConvolution,
     channels_last,
@@ -198,14 +199,6 @@ class SwitchedConvolution(PackedConvolution):
             y.relu_()
         return _as_images(y, *other.shape[2:])
 
-    def size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of the output."""
-        height, width = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, s, p, d, k in zip(x.shape[2:], *self.settings[:3], self.weight.shape[2:], strict=True)
-        )
-        return height, width
-
     def _constant(self, x: Tensor, outputs: OpenChannels) -> Tensor:
         """The open output channels where no input channel is open."""
         bias = outputs.select(self.bias, 0)
@@ -332,6 +325,7 @@ class FoldedGate(Gate):
 
     Attributes:
         sizes: how many channels each gate switches; one number more is that of channels without a gate.
+        gates: how many gates there are.
 
     Shape:
         From means (N, channels) to zeros and ones (N, sizes), where channels without a gate are open.
@@ -348,7 +342,7 @@ class FoldedGate(Gate):
         first, norm, _, last = layers
         super().__init__(gate.temperature, device="cpu")
         self.sizes = gate.sizes or (1,) * gate.gates
-        self._has_ungated = len(self.sizes) > gate.gates
+        self.gates = gate.gates
         least = torch.promote_types(last.weight.dtype, torch.float32)
         for name, layer, after in (("first", first, norm), ("last", last, None)):
             weight, bias = folded(copy.deepcopy(layer).to(least), after)
@@ -359,7 +353,7 @@ class FoldedGate(Gate):
     def forward(self, means: Tensor) -> Tensor:
         hidden = torch.addmm(self.first_bias, means.to(self.first_weight.dtype), self.first_weight)
         decisions = self.decide(torch.addmm(self.last_bias, hidden.relu_(), self.last_weight))
-        return F.pad(decisions, (0, 1), value=1.0) if self._has_ungated else decisions
+        return F.pad(decisions, (0, 1), value=1.0) if len(self.sizes) > self.gates else decisions
 
     def _decided(self, logits: Tensor) -> Tensor:
         # The same as binary_concrete in evaluation, without what a gradient would need.
@@ -375,7 +369,7 @@ class Ungated(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.sizes = (channels,)
+        self.sizes, self.gates = (channels,), 0
 
     def forward(self, means: Tensor) -> Tensor:
         return means.new_ones(means.shape[0], 1)
@@ -543,10 +537,17 @@ class ConditionalBlock(OneStep):
     def _add_branch(self, x: Tensor, other: Tensor, gates: list[Tensor], inplace: bool) -> Tensor:
         """The residual branch added to other images, with the ReLU if nothing else comes after the sum."""
         if is_plain():
+            layers = [
+                BranchedLayer(i.convolution, i.activation, i.gate.sizes, i.gate.gates) for i in self._inner
+            ]
+            y: Tensor
+            if is_exporting() and can_branch(x, layers):
+                y = add_branches(x, other, gates, layers, self._last[0])
+                return y.relu() if self._relu else y
             for inner, decided in zip(self._inner, gates, strict=True):
                 x = inner.activated(inner.convolution(x))
                 x = x * inner.mask(decided, x)
-            y: Tensor = other + self._last[0](x)
+            y = other + self._last[0](x)
             return y.relu() if self._relu else y
         decisions = _rows(gates)
         if all(map(all, decisions)):

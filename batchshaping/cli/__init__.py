@@ -8,7 +8,8 @@ from batchshaping.cli.errors import extras
 with extras():
     from batchshaping.cli.command import app, main
     from batchshaping.cli.demonstration import demo
+    from batchshaping.cli.export import export
     from batchshaping.cli.runs import evaluate, report
     from batchshaping.cli.shaping import fit
 
-__all__ = ["app", "demo", "evaluate", "fit", "main", "report"]
+__all__ = ["app", "demo", "evaluate", "export", "fit", "main", "report"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,8 @@ class ChannelGate(Gate):
     @property
     def gates(self) -> int:
         """How many gates there are."""
-        number: int = self.to_logits[-1].out_features
-        return number
+        last: Any = self.to_logits[-1]
+        return int(last.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros and ones of shape (N, out_channels, 1, ...), of x's number of dimensions."""
@@ -120,8 +121,7 @@ class ChannelGate(Gate):
             >>> gate(x).shape, gate.decisions.shape, bool(gate(x)[:, 16:].all())
             (torch.Size([2, 21]), torch.Size([2, 2]), True)
         """
-        last = self.to_logits[-1]
-        keep_channels(last, last.out_features, gates)
+        keep_channels(self.to_logits[-1], self.gates, gates)
         self.sizes = tuple(sizes) if len(sizes) > len(gates) or {*sizes} != {1} else None
         self._runs = ()
 
@@ -192,7 +192,8 @@ def keep_channels(layer: nn.Module, before: int, channels: Sequence[int]) -> Non
         (Linear(in_features=4, out_features=2, bias=True), torch.Size([2]))
     """
     for module in layer.modules():
-        for tensors in (module._parameters, module._buffers):
+        owned: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in owned:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.ndim and len(tensor) == before:
                     kept = tensor.detach()[list(channels)]

@@ -239,6 +239,14 @@ class PackedConvolution(OneStep):
             return y.relu_() if self.relu else y
         return convolve(x, *self.whole(x), self.settings, self.relu)
 
+    def size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output."""
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, s, p, d, k in zip(x.shape[2:], *self.settings[:3], self.weight.shape[2:], strict=True)
+        )
+        return height, width
+
     def whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias, for these images."""
         return self.parts(x, "whole", lambda: [(self.weight, self.bias)])[0]
