@@ -1,8 +1,9 @@
 """Conditional inference in ONNX Runtime beside dense inference: `python benchmarks/exported.py`.
 
-A gated ResNet, one image on the CPU, as `export_onnx` writes it; with random gates that are constants, a share
-of them open. The peer is the same network without gates, exported by torch.onnx too. All candidates alternate
-in one process. Shown are medians over several patterns of gates, in milliseconds, and
+A gated ResNet, one image on the CPU, as `export_onnx` writes it; with random gates that are constants, a
+share of them open. The peer is the same network without gates, exported by torch.onnx too. Candidates run one
+after the other, twice, since the waiting threads of a session would disturb others. Shown are medians over
+several patterns of gates, in milliseconds, and
 
     share of the ratio = (time dense / time conditional) / (multiply-adds dense / multiply-adds conditional)
 """
@@ -87,7 +88,7 @@ def main() -> None:
     gated = bs.gate_resnet(copy.deepcopy(resnet), gates_per_layer=options.gates).eval()
     dense_macs = bs.count_macs(resnet, x).item()
     dense, conditional = onnx.load(dense_path), onnx.load(gated_path)
-    sessions = {("dense", 0): session(dense, options.threads)}
+    models = {("dense", 0): dense}
     macs: dict[str, list[float]] = {"dense": [dense_macs]}
     for share in options.shares:
         for seed in range(options.patterns):
@@ -95,14 +96,16 @@ def main() -> None:
                 macs.setdefault(f"{share:.0%} open", []).append(bs.count_macs(gated, x).item())
                 decided = [d[0].bool().numpy() for d in bs.gate_decisions(gated)]
             made = with_gates(conditional, dict(zip(named_gates(gated), decided, strict=True)))
-            sessions[f"{share:.0%} open", seed] = session(made, options.threads)
+            models[f"{share:.0%} open", seed] = made
     seconds: dict[str, list[float]] = {}
-    for turn in range(-3, options.repeats):
-        for (name, _), run in sessions.items():
+    for (name, _), model in [*models.items()] * 2:
+        run = session(model, options.threads)
+        for turn in range(-3, options.repeats):
             start = time.perf_counter()
             run.run(None, {"images": x.numpy()})
             if turn >= 0:
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
+        del run
     print(
         f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, {options.threads} threads on "
         f"{os.cpu_count()} {platform.machine()} cores, {options.network}, {options.size} pixels, "

@@ -8,6 +8,7 @@ packs weights that are constants within a branch, and none from outside.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ __all__ = ["export_onnx"]
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Tensor) -> None:
     """Write an inference copy as an ONNX file, whose closed gates save time for one image.
 
-    It needs ``pip install 'batchshaping[onnx]'``, and takes a second or two for each block. The file has one
-    input, ``images``, and gives what the copy gives up to rounding. Each weight is in it once.
+    It needs ``pip install 'batchshaping[onnx]'``, and takes some seconds for each block. The file has one
+    input, ``images``, and gives what the copy gives up to rounding. Large weights are in it once.
 
     An example of one image makes a file for one image. In it there is an ``If`` for each gate, around the
     slices of convolutions that it switches, and one for each block, which computes all channels where most
@@ -79,13 +80,14 @@ def _make_constant_within_branches(graph: Any) -> None:
     """Let the weights of convolutions in branches be constants there, in place.
 
     One that nothing else uses moves into the branch. Of one that others take slices of, the branch gets two
-    slices and puts them together, which a runtime does once: so each weight is in the file once.
+    slices and puts them together, which a runtime does once: so a large weight is in the file once.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     uses = Counter(name for inner in (graph, *_branches(graph)) for node in inner.node for name in node.input)
     moved = set()
     for branch in _branches(graph):
-        for node in [*branch.node]:
+        nodes, put_together = [*branch.node], {}
+        for node in nodes:
             for k, name in enumerate(node.input):
                 if node.op_type != "Conv" or name not in weights:
                     continue
@@ -93,7 +95,10 @@ def _make_constant_within_branches(graph: Any) -> None:
                     branch.initializer.append(weights[name])
                     moved.add(name)
                 else:
-                    node.input[k] = _put_together(branch, weights[name])
+                    node.input[k] = f"{name}.whole"
+                    put_together[name] = weights[name]
+        del branch.node[:]
+        branch.node.extend([*itertools.chain.from_iterable(map(_of_slices, put_together.values())), *nodes])
     kept = [tensor for name, tensor in weights.items() if name not in moved]
     del graph.initializer[:]
     graph.initializer.extend(kept)
@@ -108,23 +113,22 @@ def _branches(graph: Any) -> Iterator[Any]:
                 yield from _branches(attribute.g)
 
 
-def _put_together(branch: Any, weight: Any) -> str:
-    """Name of a weight that is put together of two slices, which are added to a branch."""
+def _of_slices(weight: Any) -> list[Any]:
+    """Nodes that put a weight together of two slices of it."""
     from onnx import TensorProto, helper
 
-    ends = {"first": [0], "second": [1], "end": [weight.dims[0]]}
-    name = {part: f"{weight.name}.{part}" for part in (*ends, "start", "whole")}
-    nodes = [
-        helper.make_node("Slice", [weight.name, name["first"], name["second"]], [name["start"]]),
-        helper.make_node("Slice", [weight.name, name["second"], name["end"]], [f"{name['start']}.rest"]),
-        helper.make_node("Concat", [name["start"], f"{name['start']}.rest"], [name["whole"]], axis=0),
+    def number(name: str, value: int) -> Any:
+        tensor = helper.make_tensor(name, TensorProto.INT64, [1], [value])
+        return helper.make_node("Constant", [], [name], value=tensor)
+
+    start, cut, end, first, second = (
+        f"{weight.name}.{part}" for part in ("start", "cut", "end", "first", "second")
+    )
+    return [
+        number(start, 0),
+        number(cut, 1),
+        number(end, weight.dims[0]),
+        helper.make_node("Slice", [weight.name, start, cut], [first]),
+        helper.make_node("Slice", [weight.name, cut, end], [second]),
+        helper.make_node("Concat", [first, second], [f"{weight.name}.whole"], axis=0),
     ]
-    present = {tensor.name for tensor in branch.initializer}
-    if name["end"] not in present:
-        branch.initializer.extend(
-            helper.make_tensor(name[part], TensorProto.INT64, [1], value) for part, value in ends.items()
-        )
-        before = [*branch.node]
-        del branch.node[:]
-        branch.node.extend([*nodes, *before])
-    return name["whole"]
