@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: ablation ablation-quick bench browser help env demo figures guide test lint types unit notebooks docs format clean
+.PHONY: ablation ablation-quick bench browser help env demo figures guide inference test lint types unit notebooks docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +21,9 @@ demo: $(env) ## Train a small gated network on handwritten digits, with and with
 figures: $(env) ## Repeat the published runs: print their losses, draw them into outputs/
 	$(run) batchshaping.experiments.published outputs
 
-# The tests come last, since their last line says what could not be checked.
-test: lint types docs notebooks ## Run every check
+# Two at a time, since each takes one core. The tests come last: their last line says what could not be checked.
+test: ## Run every check
+	@$(MAKE) --no-print-directory --jobs 2 notebooks docs types lint
 	@$(MAKE) --no-print-directory unit
 
 lint: $(env) ## Check style and formatting (ruff)
@@ -34,10 +35,10 @@ types: $(env) ## Check types (mypy, strict)
 
 # One thread a worker: torch would otherwise start one a core in each of them.
 unit: $(env) browser ## Run the tests and the examples in the docstrings (pytest)
-	OMP_NUM_THREADS=1 $(run) pytest -n logical --maxprocesses 4 --durations 25 --ignore tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(run) pytest -n logical --maxprocesses 4 --dist worksteal --durations 25 --ignore tests/test_notebooks.py
 
 notebooks: $(env) ## Execute the notebooks (pytest)
-	$(run) pytest tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(run) pytest tests/test_notebooks.py
 
 # The report is tested in Chromium. Where there is none and it cannot be installed, pytest skips these tests.
 browser: ## Install Chromium for the tests of the report, where root can do so with apt-get
@@ -62,6 +63,20 @@ guide: $(env) ## Measure all statistics anew and write the tables and figures of
 bench: $(env) ## Measure this package beside its peers and write benchmarks/results
 	$(run) pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	$(VENV)/bin/python benchmarks/bench.py
+
+# In pieces, since what a machine does beside it disturbs a short measurement less.
+inference: $(env) ## Time conditional inference beside dense inference; write benchmarks/results/inference and the guide
+	for network in resnet18 resnet34 resnet50; do \
+		$(VENV)/bin/batchshaping bench inference --networks $$network --batches 1 \
+			--output benchmarks/results/inference/$$network-1 --force && \
+		$(VENV)/bin/batchshaping bench inference --networks $$network --batches 16 --turns 20 \
+			--output benchmarks/results/inference/$$network-16 --force || exit 1; \
+	done
+	$(VENV)/bin/batchshaping bench inference --networks msvit-small16 --batches 1 --shares 0.7,0.5,0.3 \
+		--output benchmarks/results/inference/msvit-small16-1 --force
+	$(VENV)/bin/batchshaping bench inference --networks msvit-small16 --batches 32 --shares 0.7,0.5,0.3 --turns 10 \
+		--output benchmarks/results/inference/msvit-small16-32 --force
+	$(VENV)/bin/python benchmarks/inference_guide.py
 
 ablation: $(env) ## Train what is missing of the ablation on Fashion-MNIST (hours; resumable) and write what came of it
 	$(VENV)/bin/python benchmarks/ablation/ablation.py

@@ -85,7 +85,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(abc|builtins|collections|contextlib|contextvars|enum|os|pathlib|typing)\..*"),
     (r"py:.*", r"(matplotlib|np|numpy|torch|dist|nn|td|typer)\..*"),
     (r"py:.*", r"(PIL|annotated_types|lightning|pl|pydantic|pydantic_core|rich)\..*"),
-    (r"py:.*", r"(AllowInfNan|Annotated\[.*|CheckpointIO|Field|FieldInfo|G[et]|L[et]|NoneType|Path|_\w+)"),
+    (r"py:.*", r"(AllowInfNan|(types\.)?Annotated\[.*|CheckpointIO|Field|FieldInfo|G[et]|L[et]|NoneType)"),
+    (r"py:.*", r"(Path|_\w+)"),
     (r"py:.*", r"(ABC|Any|Axes|Distribution|Enum|Figure|Line2D|PathLike|Tensor|load_state_dict)"),
     (r"py:.*", r"batchshaping\.(\w+\.)*(_\w+|Annotated)"),
 ]

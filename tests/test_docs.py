@@ -127,6 +127,14 @@ def test_the_guide_to_gated_networks_runs() -> None:
     assert gates and all(gate.grad is not None for gate in gates)
 
 
+def test_the_guide_to_conditional_inference_runs() -> None:
+    guide = (ROOT / "docs" / "conditional_inference.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert names["logits"].shape == (1, 1000)
+
+
 def test_the_examples_of_the_guide_run() -> None:
     guide = (ROOT / "docs" / "which_statistic.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)

@@ -13,8 +13,9 @@ from enum import Enum
 import numpy as np
 import pytest
 import torch
-from oracles import FAMILIES, Family, brute_force, inside, scipy
+from oracles import FAMILIES, Family, brute_force, scipy
 from scipy import special, stats
+from sweeps import inside
 from torch import Tensor
 from torch.autograd import gradcheck
 

@@ -7,7 +7,8 @@ The gates of a block cut the channels between its convolutions into groups, and
 
 is a sum over groups like experts, which run or do not. There are several ways to compute it:
 
-- *sliced*: the two slices of each open group, one group after the other, with weights that were packed once;
+- *sliced*: the two slices of a few open groups, one bundle of groups after the other, with weights that were
+  packed once;
 - *gathered*: one convolution each with the weights of the open channels side by side. Copying them costs
   little where they are few and pixels many. Where it is the other way round, convolutions are products of
   matrices, which read the open channels in place;
@@ -24,7 +25,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ _MANY_RUNS = 16
 
 
 @lru_cache(maxsize=1024)
-def open_channels(sizes: tuple[int, ...], decisions: tuple[float, ...]) -> OpenChannels:
+def open_channels(sizes: tuple[int, ...], decisions: Decisions) -> OpenChannels:
     """Which channels gates open.
 
     Args:
@@ -116,6 +117,78 @@ def open_channels(sizes: tuple[int, ...], decisions: tuple[float, ...]) -> OpenC
     return OpenChannels(tuple(gates), tuple(runs), channels, channels == end)
 
 
+# Bundles of gates
+
+Gates = tuple[int, ...]
+"""Indices of gates."""
+
+Decisions = tuple[bool, ...]
+"""Whether each gate is open."""
+
+_Bundles = Mapping[Hashable, tuple[Tensor, Tensor]]
+"""Weight and bias by the gates of the input and of the output."""
+
+
+@lru_cache(maxsize=1024)
+def bundles(gates: Gates, size: int) -> tuple[Gates, ...]:
+    """Open gates that are computed together, in one convolution.
+
+    A convolution of few channels is slow: its call has a price, and each value that it loads is used a few
+    times only. So neighbouring gates make a bundle, and weights are packed for each combination of its gates.
+
+    Args:
+        gates: which are open, in ascending order.
+        size: how many neighbours make a bundle.
+
+    Example:
+        >>> bundles((0, 2, 3, 6), size=4)
+        ((0, 2, 3), (6,))
+    """
+    return tuple(tuple(group) for _, group in itertools.groupby(gates, lambda gate: gate // size))
+
+
+def _all_bundles(sizes: tuple[int, ...] | None, size: int) -> Iterator[Gates | None]:
+    """All combinations of gates within a bundle; None for a layer whose channels no gate switches."""
+    if sizes is None:
+        yield None
+        return
+    for neighbours in bundles(tuple(range(len(sizes))), size):
+        for count in range(1, len(neighbours) + 1):
+            yield from itertools.combinations(neighbours, count)
+
+
+def _choose_bundles(layers: Sequence[SwitchedConvolution]) -> None:
+    """Let gates be computed together, as many as memory allows."""
+    between = [1] * (len(layers) - 1)
+
+    def memory(layer: int) -> int:
+        """Of the packed weights: all combinations of n gates together have 2^(n - 1) times the weights."""
+        weight = layers[layer].weight
+        around = sum(between[max(layer - 1, 0) : layer + 1]) - len(between[max(layer - 1, 0) : layer + 1])
+        return int(weight.numel() * weight.element_size() * 2**around)
+
+    # One more gate at a time, for the smallest bundle, as long as the layers before and after it allow it.
+    growing = True
+    while growing:
+        growing = False
+        for k in sorted(range(len(between)), key=lambda k: between[k]):
+            gates = len(layers[k].outputs or ())
+            between[k] += 1
+            if between[k] > min(gates, _MOST_TOGETHER) or max(memory(k), memory(k + 1)) > _BUNDLED_BYTES:
+                between[k] -= 1
+            else:
+                growing = True
+    for layer, sizes in zip(layers, itertools.pairwise([1, *between, 1]), strict=True):
+        layer.bundle_sizes = sizes
+
+
+_MOST_TOGETHER = 4
+"""How many gates a bundle has at most."""
+
+_BUNDLED_BYTES = 20 * 2**20
+"""What the packed weights of a layer may take, in all combinations of its bundles."""
+
+
 # A convolution of open channels
 
 
@@ -128,6 +201,9 @@ class SwitchedConvolution(PackedConvolution):
         relu: whether a ReLU follows.
         inputs: how many input channels each gate switches; None if all are computed.
         outputs: how many output channels each gate switches; None if all are computed.
+
+    Attributes:
+        bundle_sizes: how many neighbouring gates of the input, and of the output, make a bundle.
     """
 
     def __init__(
@@ -142,30 +218,37 @@ class SwitchedConvolution(PackedConvolution):
         self.inputs = inputs
         self.outputs = outputs
         self.unit = layer.in_channels if inputs is None else math.gcd(*inputs)
+        self.bundle_sizes = (1, 1)
 
-    def by_output_gate(self, x: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """Weight and bias of the output channels of each gate, for these images."""
-        return self.parts(x, "by output gate", self._cut_outputs)
+    # Bundles of gates
 
-    def by_input_gate(self, x: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """Weight of the input channels of each gate, and the bias of the sum over all, for these images."""
-        return self.parts(x, "by input gate", self._cut_inputs)
+    def bundles(self, x: Tensor, size: Sequence[int]) -> _Bundles | None:
+        """Weight and bias for all bundles of gates of the input and of the output, if they are packed."""
+        return self.packed(x, size, "bundles", self._all_parts)
 
-    def plain_by_output_gate(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """The same for any images, with plain weights."""
-        return self.kept("by output gate", self._cut_outputs)
+    def part(self, inputs: Gates | None, outputs: Gates | None) -> tuple[Tensor, Tensor]:
+        """Plain weight and bias of the channels that some gates switch; None for all channels."""
+        weight, bias = self.weight, self.bias
+        if outputs is not None and self.outputs is not None:
+            weight = _joined(weight.split(self.outputs), outputs, dim=0)
+            bias = _joined(bias.split(self.outputs), outputs, dim=0)
+        if inputs is not None and self.inputs is not None:
+            weight = _joined(weight.split(self.inputs, dim=1), inputs, dim=1)
+        return channels_last(weight), bias
 
-    def plain_by_input_gate(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """The same for any images, with plain weights."""
-        return self.kept("by input gate", self._cut_inputs)
+    def by_output_gate(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Plain weight and bias of the output channels of each gate."""
+        return [self.part(None, (gate,)) for gate in range(len(self.outputs or ()))]
 
-    def _cut_outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self.outputs is not None
-        return zip(self.weight.split(self.outputs), self.bias.split(self.outputs), strict=True)
+    def by_input_gate(self) -> Sequence[Tensor]:
+        """Plain weight of the input channels of each gate."""
+        return [self.part((gate,), None)[0] for gate in range(len(self.inputs or ()))]
 
-    def _cut_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self.inputs is not None
-        return ((channels_last(weight), self.bias) for weight in self.weight.split(self.inputs, dim=1))
+    def _all_parts(self) -> Iterator[tuple[tuple[Gates | None, Gates | None], Tensor, Tensor]]:
+        (size_in, size_out) = self.bundle_sizes
+        for inputs in _all_bundles(self.inputs, size_in):
+            for outputs in _all_bundles(self.outputs, size_out):
+                yield (inputs, outputs), *self.part(inputs, outputs)
 
     # All open channels at once
 
@@ -198,6 +281,19 @@ class SwitchedConvolution(PackedConvolution):
         if relu:
             y.relu_()
         return _as_images(y, *other.shape[2:])
+
+    def size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output for some images."""
+        return self.size_of((x.shape[2], x.shape[3]))
+
+    def size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output for those of the input."""
+        (down, right), (top, left), (low, wide), _ = self.settings
+        height, width = self.weight.shape[2:]
+        return (
+            (size[0] + 2 * top - low * (height - 1) - 1) // down + 1,
+            (size[1] + 2 * left - wide * (width - 1) - 1) // right + 1,
+        )
 
     def _constant(self, x: Tensor, outputs: OpenChannels) -> Tensor:
         """The open output channels where no input channel is open."""
@@ -301,6 +397,11 @@ class SwitchedConvolution(PackedConvolution):
         return sees.reshape(math.prod(sees.shape[:3]), -1)
 
 
+def _joined(parts: Sequence[Tensor], which: Gates, dim: int) -> Tensor:
+    """Some parts, side by side."""
+    return parts[which[0]] if len(which) == 1 else torch.cat([parts[k] for k in which], dim)
+
+
 def _as_matrix(x: Tensor) -> Tensor:
     """Images in the order of channels_last as a matrix, pixels x channels, without a copy."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
@@ -316,7 +417,7 @@ def _as_images(y: Tensor, height: int, width: int) -> Tensor:
 class FoldedGate(Gate):
     """A channel gate for inference, with its batch normalization folded in.
 
-    It reads the means of the feature maps, since the gates of a block share them, and gives what each gate
+    It reads the sums of the feature maps, since the gates of a block share them, and gives what each gate
     decided, since channels are switched by leaving them out. It is made in single precision at least: a
     decision has no rounding error that is small.
 
@@ -328,7 +429,7 @@ class FoldedGate(Gate):
         gates: how many gates there are.
 
     Shape:
-        From means (N, channels) to zeros and ones (N, sizes), where channels without a gate are open.
+        From sums (N, channels) to zeros and ones (N, sizes), where channels without a gate are open.
     """
 
     sizes: tuple[int, ...]
@@ -343,6 +444,7 @@ class FoldedGate(Gate):
         super().__init__(gate.temperature, device="cpu")
         self.sizes = gate.sizes or (1,) * gate.gates
         self.gates = gate.gates
+        self._has_ungated = len(self.sizes) > self.gates
         least = torch.promote_types(last.weight.dtype, torch.float32)
         for name, layer, after in (("first", first, norm), ("last", last, None)):
             weight, bias = folded(copy.deepcopy(layer).to(least), after)
@@ -350,10 +452,26 @@ class FoldedGate(Gate):
             self.register_buffer(f"{name}_bias", bias)
         self.to(last.weight.device)
 
-    def forward(self, means: Tensor) -> Tensor:
-        hidden = torch.addmm(self.first_bias, means.to(self.first_weight.dtype), self.first_weight)
-        decisions = self.decide(torch.addmm(self.last_bias, hidden.relu_(), self.last_weight))
-        return F.pad(decisions, (0, 1), value=1.0) if len(self.sizes) > self.gates else decisions
+    def forward(self, sums: Tensor, scale: float = 1.0) -> Tensor:
+        """Zeros and ones of shape (N, sizes), from sums over pixels and one over their number."""
+        return self._with_ungated(self.decide(self._logits(sums, scale)))
+
+    def rows(self, sums: Tensor, scale: float) -> tuple[Tensor, list[Decisions]]:
+        """What is positive where a gate is open, and whether each is, in as few operations as can be."""
+        logits = self._logits(sums, scale)
+        if self._forced:
+            logits = self.decide(logits)
+        else:
+            self._keep(logits, None)
+        positive = self._with_ungated(logits)
+        return positive, _rows(positive)
+
+    def _logits(self, sums: Tensor, scale: float) -> Tensor:
+        first = torch.addmm(self.first_bias, sums.to(self.first_weight.dtype), self.first_weight, alpha=scale)
+        return torch.addmm(self.last_bias, first.relu_(), self.last_weight)
+
+    def _with_ungated(self, values: Tensor) -> Tensor:
+        return F.pad(values, (0, 1), value=1.0) if self._has_ungated else values
 
     def _decided(self, logits: Tensor) -> Tensor:
         # The same as binary_concrete in evaluation, without what a gradient would need.
@@ -371,8 +489,13 @@ class Ungated(nn.Module):
         super().__init__()
         self.sizes, self.gates = (channels,), 0
 
-    def forward(self, means: Tensor) -> Tensor:
-        return means.new_ones(means.shape[0], 1)
+    def forward(self, sums: Tensor, scale: float = 1.0) -> Tensor:
+        """Ones of shape (N, 1)."""
+        return sums.new_ones(sums.shape[0], 1)
+
+    def rows(self, sums: Tensor, scale: float) -> tuple[Tensor, list[Decisions]]:
+        """As :meth:`FoldedGate.rows`."""
+        return self.forward(sums), [(True,)] * sums.shape[0]
 
 
 class Step(NamedTuple):
@@ -404,19 +527,32 @@ class _Batch(NamedTuple):
         x: its input.
         other: what the residual branch is added to, of the shape of the output.
         decisions: for each image whether each gate is open, those of all layers side by side.
-        gates: the same, zeros and ones of shape (N, gates), one tensor a layer.
+        gates: the same, of shape (N, gates), one tensor a layer, positive where a gate is open.
         inplace: whether the result may take the place of ``other``.
     """
 
     x: Tensor
     other: Tensor
-    decisions: Sequence[tuple[float, ...]]
+    decisions: Sequence[Decisions]
     gates: Sequence[Tensor]
     inplace: bool
 
 
-_OfOpen = Callable[[Tensor, Tensor, Sequence[OpenChannels], bool], Tensor]
-"""Computes images that have the same gates: input, what is added, open channels, whether that is in place."""
+_OfOpen = Callable[[Tensor, Tensor, Decisions, bool], Tensor]
+"""Computes images that have the same gates: input, what is added, decisions, whether that is in place."""
+
+
+class _Program(NamedTuple):
+    """The weights of the bundles of gates that are open.
+
+    Attributes:
+        inner: for each convolution with gates, the bundles of its output, each with its bias and a weight for
+            each bundle of its input.
+        last: a weight of the last convolution for each bundle of its input.
+    """
+
+    inner: Sequence[Sequence[tuple[Tensor, Sequence[Tensor]]]]
+    last: Sequence[Tensor]
 
 
 class _Inner(NamedTuple):
@@ -431,8 +567,8 @@ class _Inner(NamedTuple):
         return y if self.activation is None else self.activation(y)
 
     def mask(self, decided: Tensor, y: Tensor) -> Tensor:
-        """What the gates decided, for each channel."""
-        return to_channels(decided.to(y.dtype), self.gate.sizes)[:, :, None, None]
+        """One for the channels whose gates are open, where the values are positive."""
+        return to_channels((decided > 0).to(y.dtype), self.gate.sizes)[:, :, None, None]
 
 
 class ConditionalBlock(OneStep):
@@ -484,9 +620,12 @@ class ConditionalBlock(OneStep):
         self._convolutions = {
             step.name: gates for step, gates in zip(steps, itertools.pairwise(names), strict=True)
         }
+        self._layers = (*(inner.convolution for inner in self._inner), *self._last)
+        _choose_bundles(self._layers)
         self.downsample = downsample
         self.end = end
         self.activation = activation
+        self._ways = (*self._possible_ways(),)
         # Whether the last convolution can do all that comes after the sum.
         self._relu = end is None and type(activation) is nn.ReLU
         self.eval()
@@ -503,15 +642,36 @@ class ConditionalBlock(OneStep):
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
-        means = x.mean(dim=(2, 3))
-        gates = [inner.gate(means) for inner in self._inner]
-        fresh = self.downsample is not None
+        # Sums are exact in half precision too, and the gates divide them.
+        sums = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = 1 / (x.shape[2] * x.shape[3])
+        if is_plain():
+            return self._plain(x, sums, scale)
+        gates = [inner.gate.rows(sums, scale) for inner in self._inner]
         shortcut = channels_last(self.downsample(x)) if self.downsample is not None else x
         if self.end is None:
-            y = self._add_branch(x, shortcut, gates, fresh)
+            y = self._add_branch(x, shortcut, gates, inplace=self.downsample is not None)
             return y if self._relu else self.activation(y)
         branch = self._add_branch(x, torch.zeros_like(shortcut), gates, inplace=True)
         return self.activation(self.end(branch) + shortcut)  # type: ignore[no-any-return]
+
+    def _plain(self, x: Tensor, sums: Tensor, scale: float) -> Tensor:
+        """All channels, or a branch for each gate, by operations that can be counted, compiled, exported."""
+        gates = [inner.gate(sums, scale) for inner in self._inner]
+        shortcut = x if self.downsample is None else self.downsample(x)
+        layers = [BranchedLayer(i.convolution, i.activation, i.gate.sizes, i.gate.gates) for i in self._inner]
+        if is_exporting() and can_branch(x, layers):
+            if self.end is None:
+                return self.activation(add_branches(x, shortcut, gates, layers, *self._last))  # type: ignore[no-any-return]
+            h = add_branches(x, torch.zeros_like(shortcut), gates, layers, *self._last)
+        else:
+            h = x
+            for inner, decided in zip(self._inner, gates, strict=True):
+                h = inner.activated(inner.convolution(h))
+                h = h * inner.mask(decided, h)
+            h = self._last[0](h)
+        branch = h if self.end is None else self.end(h)
+        return self.activation(branch + shortcut)  # type: ignore[no-any-return]
 
     def measure_plan(self, x: Tensor) -> None:
         """Measure each way with several shares of open gates, and keep which is the fastest for which share.
@@ -525,49 +685,44 @@ class ConditionalBlock(OneStep):
         plan = []
         for share in _MEASURED_SHARES:
             gates = [
-                (torch.rand(len(x), len(inner.gate.sizes), generator=random, device="cpu") < share).to(x)
+                share - torch.rand(len(x), len(inner.gate.sizes), generator=random, device="cpu").to(x)
                 for inner in self._inner
             ]
-            batch = _Batch(x, shortcut, _rows(gates), gates, inplace=False)
-            ways = {name: partial(way, batch) for name, way in self._ways().items()}
+            batch = _Batch(x, shortcut, _side_by_side(map(_rows, gates)), gates, inplace=False)
+            ways = {way: partial(self._compute, way, batch) for way in self._ways}
             seconds = _medians(ways, x.device)
             plan.append((share + _MEASURED_SHARES[0] / 2, min(seconds, key=lambda name: seconds[name])))
         self.plans = {**self.plans, _size(x): tuple(plan)}
 
-    def _add_branch(self, x: Tensor, other: Tensor, gates: list[Tensor], inplace: bool) -> Tensor:
+    def _add_branch(
+        self, x: Tensor, other: Tensor, gates: Sequence[tuple[Tensor, list[Decisions]]], inplace: bool
+    ) -> Tensor:
         """The residual branch added to other images, with the ReLU if nothing else comes after the sum."""
-        if is_plain():
-            layers = [
-                BranchedLayer(i.convolution, i.activation, i.gate.sizes, i.gate.gates) for i in self._inner
-            ]
-            y: Tensor
-            if is_exporting() and can_branch(x, layers):
-                y = add_branches(x, other, gates, layers, self._last[0])
-                return y.relu() if self._relu else y
-            for inner, decided in zip(self._inner, gates, strict=True):
-                x = inner.activated(inner.convolution(x))
-                x = x * inner.mask(decided, x)
-            y = other + self._last[0](x)
-            return y.relu() if self._relu else y
-        decisions = _rows(gates)
+        decisions = gates[0][1] if len(gates) == 1 else _side_by_side([rows for _, rows in gates])
         if all(map(all, decisions)):
             return self._masked(_Batch(x, other, decisions, (), inplace))
-        batch = _Batch(x, other, decisions, gates, inplace)
-        return self._ways()[self._way(batch)](batch)
+        batch = _Batch(x, other, decisions, [positive for positive, _ in gates], inplace)
+        return self._compute(self._way(batch), batch)
 
     # Ways for batches
 
-    def _ways(self) -> dict[str, Callable[[_Batch], Tensor]]:
-        """The ways that this block has, by their names."""
-        ways: dict[str, Callable[[_Batch], Tensor]] = {"masked": self._masked}
+    def _possible_ways(self) -> Iterator[str]:
+        """The names of the ways that this block has."""
+        yield "masked"
         if all(inner.convolution.can_be_cut() for inner in self._inner):
-            ways["gathered"] = partial(self._by_image, self._gathered)
+            yield "gathered"
             few = all(len(inner.gate.sizes) <= _MANY_RUNS for inner in self._inner)
             if few and all(inner.convolution.groups == 1 for inner in self._inner):
-                ways["by group"] = self._by_group
-                if len(self._inner) == 1:
-                    ways["sliced"] = partial(self._by_image, self._sliced)
-        return ways
+                yield "by group"
+                yield "sliced"
+
+    def _compute(self, way: str, batch: _Batch) -> Tensor:
+        """Compute a batch in one of the ways."""
+        if way == "masked":
+            return self._masked(batch)
+        if way == "by group":
+            return self._by_group(batch)
+        return self._by_image(self._sliced if way == "sliced" else self._gathered, batch)
 
     def _way(self, batch: _Batch) -> str:
         """The way that was measured to be the fastest, or a rule of thumb."""
@@ -575,13 +730,16 @@ class ConditionalBlock(OneStep):
         plan = self.plans.get(_size(batch.x))
         if plan is not None:
             return next((way for limit, way in plan if share <= limit), "masked")
-        ways = self._ways()
+        ways = self._ways
         if share > _WORTH_IT or "gathered" not in ways:
             return "masked"
-        n, channels, height, width = batch.other.shape
-        if not batch.x.is_cpu and n > 1:
+        if not batch.x.is_cpu and len(batch.x) > 1:
             return "by group" if "by group" in ways else "masked"
-        return "sliced" if "sliced" in ways and height * width <= channels else "gathered"
+        # A convolution between two layers of gates is cut twice, which pays where few parts are left.
+        few = all(
+            size >= len(layer.outputs or ()) for layer in self._layers[1:] for size in layer.bundle_sizes[1:]
+        )
+        return "sliced" if "sliced" in ways and (len(self._inner) == 1 or few) else "gathered"
 
     def _masked(self, batch: _Batch) -> Tensor:
         """All channels; closed ones are set to zero."""
@@ -597,11 +755,11 @@ class ConditionalBlock(OneStep):
     def _by_image(self, way: _OfOpen, batch: _Batch) -> Tensor:
         """Images one by one, side by side; together if all have the same gates."""
         if len({*batch.decisions}) == 1:
-            return way(batch.x, batch.other, self._open(batch.decisions[0]), batch.inplace)
+            return way(batch.x, batch.other, batch.decisions[0], batch.inplace)
         y = batch.other if batch.inplace else batch.other.clone()
 
-        def compute(n: int, decisions: tuple[float, ...]) -> None:
-            way(batch.x[n : n + 1], y[n : n + 1], self._open(decisions), True)
+        def compute(n: int, decisions: Decisions) -> None:
+            way(batch.x[n : n + 1], y[n : n + 1], decisions, True)
 
         tasks = [partial(compute, n, decisions) for n, decisions in enumerate(batch.decisions)]
         threads = torch.get_num_threads() if y.is_cpu else 1
@@ -630,10 +788,10 @@ class ConditionalBlock(OneStep):
                     continue
                 index = torch.tensor(which, device=h.device)
                 x = h if len(which) == h.shape[0] else channels_last(h.index_select(0, index))
-                weight, bias = layer.plain_by_output_gate()[gate]
+                weight, bias = layer.by_output_gate()[gate]
                 part = inner.activated(convolve(x, weight, bias, layer.settings, layer.relu))
                 if is_last:
-                    weight, _ = last.plain_by_input_gate()[gate]
+                    weight = last.by_input_gate()[gate]
                     y.index_add_(0, index, convolve(part, weight, None, last.settings, relu=False))
                 else:
                     parts[gate].index_copy_(0, index, part)
@@ -643,7 +801,7 @@ class ConditionalBlock(OneStep):
 
     # Ways for images that have the same gates
 
-    def _open(self, decisions: tuple[float, ...]) -> list[OpenChannels]:
+    def _open(self, decisions: Decisions) -> list[OpenChannels]:
         opened, at = [], 0
         for inner in self._inner:
             sizes = inner.gate.sizes
@@ -651,25 +809,76 @@ class ConditionalBlock(OneStep):
             at += len(sizes)
         return opened
 
-    def _sliced(self, x: Tensor, other: Tensor, opened: Sequence[OpenChannels], inplace: bool) -> Tensor:
-        """One open gate after the other, in a block of two convolutions."""
-        gates = opened[0].gates
-        if not gates:
-            return self._closed(other, inplace)
-        (inner,), (last,) = self._inner, self._last
-        first = inner.convolution
-        outputs = first.by_output_gate(x)
-        bias: Tensor | None = last.bias
-        for gate in gates:
-            part = inner.activated(convolve(x, *outputs[gate], first.settings, first.relu))
-            relu = self._relu and gate == gates[-1]
-            weight, _ = last.by_input_gate(part)[gate]
-            other = convolve_add(other, part, weight, bias, last.settings, relu, inplace)
-            bias, inplace = None, True
+    def _sliced(self, x: Tensor, other: Tensor, decisions: Decisions, inplace: bool) -> Tensor:
+        """One bundle of open gates after the other."""
+        program = self._program(x, decisions)
+        if program is None:
+            return self._gathered(x, other, decisions, inplace)
+        parts = [x]
+        for inner, outputs in zip(self._inner, program.inner, strict=True):
+            settings, relu = inner.convolution.settings, inner.convolution.relu
+            made = []
+            for bias, weights in outputs:
+                y = convolve(parts[0], weights[0], bias, settings, relu and len(parts) == 1)
+                for k in range(1, len(parts)):
+                    at_end = relu and k == len(parts) - 1
+                    y = convolve_add(y, parts[k], weights[k], None, settings, at_end, inplace=True)
+                made.append(inner.activated(y))
+            parts = made
+        (last,) = self._last
+        for k, (part, weight) in enumerate(zip(parts, program.last, strict=True)):
+            at_end = self._relu and k == len(parts) - 1
+            once = None if k else last.bias
+            other = convolve_add(other, part, weight, once, last.settings, at_end, inplace or k > 0)
         return other
 
-    def _gathered(self, x: Tensor, other: Tensor, opened: Sequence[OpenChannels], inplace: bool) -> Tensor:
+    def _program(self, x: Tensor, decisions: Decisions) -> _Program | None:
+        """The weights for these decisions and images like these; None if a layer is closed."""
+        kept: dict[Hashable, Any] | None = self._layers[0].kept_for(x, x.shape[2:], "programs", dict)
+        if kept is not None:
+            generations = tuple([layer.generation for layer in self._layers])
+            if kept.get("generations") != generations:
+                kept.clear()
+                kept["generations"] = generations
+            if decisions in kept:
+                return kept[decisions]  # type: ignore[no-any-return]
+        packed, size = [], (x.shape[2], x.shape[3])
+        for layer in self._layers:
+            packed.append(layer.bundles(x, size))
+            size = layer.size_of(size)
+        program = self._make_program(packed, decisions)
+        if kept is not None and None not in packed and len(kept) < _KEPT_PROGRAMS:
+            kept[decisions] = program
+        return program
+
+    def _make_program(self, packed: Sequence[_Bundles | None], decisions: Decisions) -> _Program | None:
+        opened = self._open(decisions)
+        if not all(layer.channels for layer in opened):
+            return None
+
+        def part(k: int, inputs: Gates | None, outputs: Gates | None) -> tuple[Tensor, Tensor]:
+            found = packed[k]
+            return self._layers[k].part(inputs, outputs) if found is None else found[inputs, outputs]
+
+        before: Sequence[Gates | None] = [None]
+        made = []
+        for k, (layer, now) in enumerate(zip(self._layers[:-1], opened, strict=True)):
+            after = bundles(now.gates, layer.bundle_sizes[1])
+            made.append(
+                [
+                    (
+                        part(k, None if k == 0 else before[0], outputs)[1],
+                        [part(k, inputs, outputs)[0] for inputs in before],
+                    )
+                    for outputs in after
+                ]
+            )
+            before = after
+        return _Program(made, [part(len(made), inputs, None)[0] for inputs in before])
+
+    def _gathered(self, x: Tensor, other: Tensor, decisions: Decisions, inplace: bool) -> Tensor:
         """The open channels of each convolution side by side."""
+        opened = self._open(decisions)
         if opened[-1].channels == 0:
             return self._closed(other, inplace)
         before: OpenChannels | None = None
@@ -688,14 +897,21 @@ class ConditionalBlock(OneStep):
 _WORTH_IT = 0.85
 """Above this share of open gates, computing all channels is faster."""
 
+_KEPT_PROGRAMS = 1024
+"""For how many patterns of gates a block keeps the list of weights."""
+
 _MEASURED_SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of open gates for which the ways are measured."""
 
 
-def _rows(gates: Sequence[Tensor]) -> list[tuple[float, ...]]:
-    """What was decided for each image, the gates of all layers side by side."""
-    together = gates[0] if len(gates) == 1 else torch.cat([*gates], dim=1)
-    return [*map(tuple, together.tolist())]
+def _rows(positive: Tensor) -> list[Decisions]:
+    """Whether each gate is open, an example a row."""
+    return [tuple([value > 0 for value in row]) for row in positive.tolist()]
+
+
+def _side_by_side(layers: Iterable[list[Decisions]]) -> list[Decisions]:
+    """The decisions of all layers for each example."""
+    return [tuple(itertools.chain.from_iterable(rows)) for rows in zip(*layers, strict=True)]
 
 
 def _size(x: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,6 +24,7 @@ __all__ = [
     "TRAINING",
     "prepare",
     "progress_bar",
+    "show_latency",
     "show_metrics",
     "write",
 ]
@@ -58,6 +60,19 @@ def show_metrics(metrics: dict[str, Any]) -> None:
         table.add_row("gates always on", f"{gates['always_on']:.1%}")
         table.add_row("gates always off", f"{gates['always_off']:.1%}")
         table.add_row("conditional gates", f"{gates['conditional']:.1%}")
+    Console().print(table)
+
+
+def show_latency(measured: dict[str, Any]) -> None:
+    """Print how long images take."""
+    threads = measured["machine"]["threads"]
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    table.add_column(f"ms an image, {threads} thread{'s' * (threads != 1)}")
+    for head in ("median", "5 %", "95 %"):
+        table.add_column(head, justify="right")
+    for name, seconds in measured["seconds"].items():
+        ends = torch.tensor(seconds, dtype=torch.double).quantile(torch.tensor([0.5, 0.05, 0.95]).double())
+        table.add_row(name, *(f"{1e3 * second:.3g}" for second in ends.tolist()))
     Console().print(table)
 
 

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from batchshaping.cli.command import app
 from batchshaping.cli.errors import extras, fail
-from batchshaping.cli.output import FILES, prepare, show_metrics, write
+from batchshaping.cli.output import FILES, prepare, show_latency, show_metrics, write
 from batchshaping.training.config import MAY_CHANGE, SECTIONS, SETTINGS, RunConfig, read_config
 
 __all__ = ["evaluate", "refused", "report"]
@@ -122,21 +122,35 @@ def evaluate(
     threads: Annotated[
         int | None, typer.Option(metavar="COUNT", min=1, help="Threads, if not as many as in training.")
     ] = None,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="Also measure how long single test images take on the CPU, and keep it in the folder of the "
+            "run (latency.json) for the report.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
     """Evaluate the trained network of a run on its test images.
 
-    Example: **batchshaping evaluate outputs/train**
+    Example: **batchshaping evaluate outputs/train --latency**
     """
     with extras():
+        from batchshaping.training.latency import measure_run
         from batchshaping.training.run import evaluate_run
     with extras(), refused():
         given = {"data_folder": data_folder, "threads": threads}
-        metrics = evaluate_run(run, **{name: value for name, value in given.items() if value is not None})
+        settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        metrics = evaluate_run(run, **settings)
+        measured = measure_run(run, **settings) if latency else None
     if as_json:
-        print(json.dumps(metrics))
-    else:
-        show_metrics(metrics)
+        print(json.dumps(metrics | _latency(measured)))
+        return
+    show_metrics(metrics)
+    if measured:
+        show_latency(measured)
+        print(f"wrote {run / 'latency.json'}")
 
 
 @app.command()
@@ -158,12 +172,18 @@ def report(
     """
     with extras():
         from batchshaping.report.page import report_html
+        from batchshaping.training.latency import read_latency
         from batchshaping.training.run import read_result
     with extras(), refused():
-        results = {_short_name(run, runs): read_result(run) for run in runs}
+        results = {_short_name(run, runs): read_result(run) | _latency(read_latency(run)) for run in runs}
         page = report_html(results)
     prepare(output.parent, [output.name], force)
     write(output, lambda path: path.write_text(page, encoding="utf-8", errors="replace"), force)
+
+
+def _latency(measured: dict[str, Any] | None) -> dict[str, Any]:
+    """A measurement as a part of a result, as far as there is one."""
+    return {} if measured is None else {"latency": measured}
 
 
 def _short_name(run: Path, runs: list[Path]) -> str:

@@ -121,7 +121,8 @@ class ChannelGate(Gate):
             >>> gate(x).shape, gate.decisions.shape, bool(gate(x)[:, 16:].all())
             (torch.Size([2, 21]), torch.Size([2, 2]), True)
         """
-        keep_channels(self.to_logits[-1], self.gates, gates)
+        last: Any = self.to_logits[-1]
+        keep_channels(last, last.out_features, gates)
         self.sizes = tuple(sizes) if len(sizes) > len(gates) or {*sizes} != {1} else None
         self._runs = ()
 
@@ -192,8 +193,8 @@ def keep_channels(layer: nn.Module, before: int, channels: Sequence[int]) -> Non
         (Linear(in_features=4, out_features=2, bias=True), torch.Size([2]))
     """
     for module in layer.modules():
-        owned: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for tensors in owned:
+        kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in kinds:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.ndim and len(tensor) == before:
                     kept = tensor.detach()[list(channels)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,8 +36,16 @@ class _Forced:
     def __call__(self, logits: Tensor, gate: int) -> Tensor:
         if self.share in (0, 1):
             return torch.full_like(logits, self.share)
-        uniform = np.random.default_rng([self.seed, gate, self.passes]).random(logits.shape)
-        return torch.from_numpy(uniform < self.share).to(logits)
+        decisions: Tensor = _chance(self.share, f"{self.seed} {gate} {self.passes}", logits)
+        return decisions
+
+
+# torch.compile does not know the hash, and calls this as it is.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _chance(share: float, key: str, logits: Tensor) -> Tensor:
+    """Zeros and ones of the logits' shape by a hash: making a random generator takes longer than a gate."""
+    numbers = np.frombuffer(hashlib.shake_128(key.encode()).digest(4 * logits.numel()), "<u4")
+    return torch.from_numpy((numbers < share * 2**32).reshape(logits.shape)).to(logits)
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class Gate(OneStep):
     """
 
     noise: Tensor
-    _runs: tuple[tuple[Tensor, Tensor], ...]  # logits and decisions of each run
+    _runs: tuple[tuple[Tensor, Tensor | None], ...]  # logits and decisions of each run; None: by the logits
     _pass: ForwardPasses | None  # whose forward pass is under way
     _forced: tuple[Callable[[Tensor], Tensor], ...]
 
@@ -176,11 +176,15 @@ class Gate(OneStep):
         if logits.ndim == 0:
             raise ValueError("logits must have shape (N, ...), received a single number")
         decisions = self._forced[-1](logits) if self._forced else self._decided(logits)
+        self._keep(logits, decisions)
+        return decisions
+
+    def _keep(self, logits: Tensor, decisions: Tensor | None) -> None:
+        """Keep a run, to be read; without decisions where they follow from the logits in evaluation."""
         # An exported program has no state, and the tensors that it is made with have no values.
         if not is_exporting() and not is_recomputing():
             earlier = () if self._pass is None else self._runs
             self._runs = (*earlier, (logits, decisions))
-        return decisions
 
     def _decided(self, logits: Tensor) -> Tensor:
         """What the logits decide."""
@@ -222,7 +226,12 @@ class Gate(OneStep):
         Raises:
             RuntimeError: if there was no forward pass. It is an AttributeError too.
         """
-        return self._side_by_side([decisions.detach() for _, decisions in self._runs])
+        return self._side_by_side(
+            [
+                (self._decided(logits) if decisions is None else decisions).detach()
+                for logits, decisions in self._runs
+            ]
+        )
 
     @property
     def straight_through_decisions(self) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -208,6 +208,9 @@ class PackedConvolution(OneStep):
     weight: Tensor
     bias: Tensor
 
+    generation: object
+    """Another one whenever the weights may have changed."""
+
     SIZES = 4
     """For how many sizes of batches, the latest new ones, packed weights are kept."""
 
@@ -239,41 +242,49 @@ class PackedConvolution(OneStep):
             return y.relu_() if self.relu else y
         return convolve(x, *self.whole(x), self.settings, self.relu)
 
-    def size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of the output."""
-        height, width = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, s, p, d, k in zip(x.shape[2:], *self.settings[:3], self.weight.shape[2:], strict=True)
-        )
-        return height, width
-
     def whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias, for these images."""
-        return self.parts(x, "whole", lambda: [(self.weight, self.bias)])[0]
+        packed = self.packed(x, x.shape[2:], "whole", lambda: [((), self.weight, self.bias)])
+        return (self.weight, self.bias) if packed is None else packed[()]
 
-    def parts(
-        self, x: Tensor, name: str, cut: Callable[[], Iterable[tuple[Tensor, Tensor]]]
-    ) -> Sequence[tuple[Tensor, Tensor]]:
-        """Parts of the layer, with weights packed for these images where oneDNN computes them.
+    def packed(
+        self,
+        x: Tensor,
+        size: Sequence[int],
+        name: str,
+        cut: Callable[[], Iterable[tuple[Hashable, Tensor, Tensor]]],
+    ) -> Mapping[Hashable, tuple[Tensor, Tensor]] | None:
+        """Parts of the layer with weights packed for its images, or None where plain ones are better.
+
+        Args:
+            x: images of the number, the type and the device of those that the layer gets.
+            size: height and width of those that it gets.
+            name: of this way to cut the layer.
+            cut: gives the name of each part, its plain weight and its bias.
+
+        Returns:
+            Weight and bias of each part, by its name.
+        """
+        images = (x.shape[0], *size)
+        return self.kept_for(
+            x, size, name, lambda: {part: (self._pack(images, weight), bias) for part, weight, bias in cut()}
+        )
+
+    def kept_for(self, x: Tensor, size: Sequence[int], name: str, make: Callable[[], _Made]) -> _Made | None:
+        """What is made once for images of a size and kept as long as weights are packed for them.
 
         The order of packed weights depends on how many images there are, on their size and on the number of
         threads. In another order they are slower than plain ones. So they are packed when this comes for the
-        second time.
-
-        Args:
-            x: the images.
-            name: of this way to cut the layer.
-            cut: gives the plain weight and the bias of each part.
+        second time, and only where oneDNN computes with them: otherwise nothing is made, and this is None.
         """
         if not by_onednn(x, self.weight):
-            return self.kept(name, cut)
-        n, _, height, width = x.shape
-        by_name = self._parts_for((n, height, width, torch.get_num_threads()))
+            return None
+        by_name = self._for_size((x.shape[0], *size, torch.get_num_threads()))
         if by_name is None:
-            return self.kept(name, cut)
-        found = by_name.get(name)
+            return None
+        found: _Made | None = by_name.get(name)
         if found is None:
-            found = by_name[name] = [(self._pack(x, weight), bias) for weight, bias in self.kept(name, cut)]
+            found = by_name[name] = make()
         return found
 
     def kept(self, name: str, make: Callable[[], Iterable[_Made]]) -> list[_Made]:
@@ -283,25 +294,27 @@ class PackedConvolution(OneStep):
             found = self._made[name] = [*make()]
         return found
 
-    def _pack(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _pack(self, images: tuple[int, ...], weight: Tensor) -> Tensor:
+        """Weights for so many images of this height and width."""
         stride, padding, dilation, groups = self.settings
-        shape = (x.shape[0], weight.shape[1] * groups, *x.shape[2:])
+        shape = (images[0], weight.shape[1] * groups, *images[1:])
         packed: Tensor = _reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, shape)
         return packed
 
-    def _parts_for(self, size: Hashable) -> dict[str, list[tuple[Tensor, Tensor]]] | None:
-        """What was packed for a size so far; None when it comes for the first time."""
-        found = self._parts.get(size)
+    def _for_size(self, size: Hashable) -> dict[str, Any] | None:
+        """What was made for a size so far; None when it comes for the first time."""
+        found = self._by_size.get(size)
         if found is None:
             with self._lock:
-                self._parts[size] = {}
-                while len(self._parts) > self.SIZES:
-                    self._parts.popitem(last=False)
+                self._by_size[size] = {}
+                while len(self._by_size) > self.SIZES:
+                    self._by_size.popitem(last=False)
         return found
 
     def _forget(self) -> None:
         """Drop all that was made of the weights."""
-        self._parts: OrderedDict[Hashable, dict[str, list[tuple[Tensor, Tensor]]]] = OrderedDict()
+        self.generation = object()
+        self._by_size: OrderedDict[Hashable, dict[str, Any]] = OrderedDict()
         self._made: dict[str, list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -315,7 +328,7 @@ class PackedConvolution(OneStep):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_parts", "_made", "_lock")
+        made = ("_by_size", "_made", "_lock", "generation")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from batchshaping.gates.cost import Run, is_measuring
-from batchshaping.gates.gate import whole_number
+from batchshaping.gates.gate import Gate, whole_number
 from batchshaping.mixed_scale.attention import GatedAttention, run_with_attention
 from batchshaping.mixed_scale.cost import TokenTerm
 from batchshaping.mixed_scale.gate import ScaleGate
@@ -44,6 +44,8 @@ class MSViT(nn.Module):
         layers: number of the gate's layers.
         bias: added to the gate's initial logits: with log(p / (1 - p)), about a share p of the regions is
             fine at first.
+        gate: another gate in place of this one, which is then not made: a rule, or one of your own that maps
+            regions of shape (N, regions, channels, coarse, coarse) to decisions of shape (N, regions).
 
     Shape:
         images are (N, channels, H, W), of a size that the ViT takes. The gates are (N, regions), by rows.
@@ -67,7 +69,14 @@ class MSViT(nn.Module):
     """
 
     def __init__(
-        self, vit: nn.Module, coarse: int = 32, *, hidden: int = 32, layers: int = 4, bias: float = 0.0
+        self,
+        vit: nn.Module,
+        coarse: int = 32,
+        *,
+        hidden: int = 32,
+        layers: int = 4,
+        bias: float = 0.0,
+        gate: Gate | None = None,
     ) -> None:
         super().__init__()
         adapter = adapter_of(vit)
@@ -82,9 +91,10 @@ class MSViT(nn.Module):
         self._adapter = type(adapter)
         self._last_cut: Cut | None = None
         self.vit = vit
-        # Chance is that of the CPU, and in single precision, wherever the ViT is and whatever its type.
-        features = embedding.in_channels * coarse**2
-        gate = ScaleGate(features, hidden, layers, bias, device="cpu", dtype=torch.float32)
+        if gate is None:
+            # Chance is that of the CPU, and in single precision, wherever the ViT is and whatever its type.
+            features = embedding.in_channels * coarse**2
+            gate = ScaleGate(features, hidden, layers, bias, device="cpu", dtype=torch.float32)
         self.gate = gate.to(embedding.weight)
         self.attention = GatedAttention()
         self.train(vit.training)

@@ -267,8 +267,9 @@ class _LogTails(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cdf_gradient: Tensor, sf_gradient: Tensor, *_: Any) -> Any:
-        half = len(ctx.operands)
-        cdf_by, sf_by, stretch = (ctx.saved_tensors[k : k + half] for k in (0, half, 2 * half))
+        # Read once: a checkpoint computes what was saved anew, and gives it out a single time.
+        half, saved = len(ctx.operands), ctx.saved_tensors
+        cdf_by, sf_by, stretch = (saved[k : k + half] for k in (0, half, 2 * half))
         by, *by_parameters = (
             cdf_gradient * cdf + sf_gradient * sf for cdf, sf in zip(cdf_by, sf_by, strict=True)
         )

@@ -67,8 +67,9 @@ def _log1mexp(u: Tensor) -> Tensor:
 
 
 def _exp(x: Tensor) -> Tensor:
-    """The exponential function, finite."""
-    return torch.exp(x.clamp_max(math.log(torch.finfo(x.dtype).max)))
+    """The exponential function, finite, but for a NaN, whose gradient is NaN too."""
+    largest = math.log(torch.finfo(x.dtype).max)
+    return torch.exp(torch.where(x > largest, largest, x))
 
 
 def _normal(prior: td.Normal, x: Tensor) -> _Tails:
@@ -131,8 +132,12 @@ def _gumbel(prior: td.Gumbel, x: Tensor) -> _Tails:
 
 
 def _kumaraswamy(prior: td.Kumaraswamy, x: Tensor) -> _Tails:
-    log_sf = prior.concentration0 * _log1mexp(-prior.concentration1 * x.log())
-    return _log1mexp(-log_sf), log_sf
+    log_power = prior.concentration1 * x.log()
+    log_sf = prior.concentration0 * _log1mexp(-log_power)
+    # F is b x^a where that is small, and may be too small for 1 - F to tell.
+    log_cdf = log_power + prior.concentration0.log()
+    is_small = log_cdf < math.log(torch.finfo(x.dtype).eps)
+    return torch.where(is_small, log_cdf, _log1mexp(-torch.where(is_small, -1.0, log_sf))), log_sf
 
 
 def _continuous_bernoulli(prior: td.ContinuousBernoulli, x: Tensor) -> _Tails:

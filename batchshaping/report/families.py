@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from batchshaping.report.channel_gating import ChannelGating
 from batchshaping.report.family import Family, UnknownFamily
+from batchshaping.report.mixed_scale import MixedScale
 
 __all__ = ["FAMILIES", "family_of"]
 
-FAMILIES: dict[str, Family] = {"channel gating": ChannelGating()}
+FAMILIES: dict[str, Family] = {"channel gating": ChannelGating(), "mixed-scale tokens": MixedScale()}
 """A new family is a file like :mod:`~batchshaping.report.channel_gating` and a line here."""
 
 

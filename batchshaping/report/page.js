@@ -63,6 +63,37 @@ function drawTraining() {
   );
 }
 
+// Time
+
+function drawLatency() {
+  const { multiply_adds: spent, seconds, dense } = run.latency;
+  const most = Math.max(...spent, run.reference);
+  const traces = [
+    {
+      type: "scatter",
+      mode: "markers",
+      name: "test images",
+      x: spent,
+      y: seconds.map((time) => 1e3 * time),
+      marker: { color: color("empirical"), size: 6, opacity: 0.5 },
+      hovertemplate: "%{x:.3s} multiply-adds<br>%{y:.3f} ms<extra></extra>",
+    },
+    {
+      type: "scatter",
+      mode: "lines",
+      name: "without gates",
+      x: [0, most],
+      y: [1e3 * dense, 1e3 * dense],
+      line: { color: color("target"), width: 1.5, dash: "dot" },
+      hovertemplate: "without gates: %{y:.3f} ms<extra></extra>",
+    },
+  ];
+  plot("latency", 340, run.is_reference ? traces.slice(0, 1) : traces, {
+    xaxis: axis("multiply-adds of an image", { tickformat: "~s", range: [0, 1.05 * most] }),
+    yaxis: axis("ms", { rangemode: "tozero" }),
+  });
+}
+
 // What is chosen
 
 function chooseRun() {
@@ -72,6 +103,8 @@ function chooseRun() {
   for (const part of all("[data-family]")) part.hidden = Number(part.dataset.family) !== run.family;
   for (const part of all(".with-epochs")) part.hidden = !run.epochs.length;
   for (const part of all(".without-epochs")) part.hidden = run.epochs.length > 0;
+  for (const part of all(".with-latency")) part.hidden = !run.latency;
+  for (const part of all(".without-latency")) part.hidden = !!run.latency;
   for (const part of all(".not-of-references")) part.hidden = run.is_reference;
   for (const button of all("[data-choose]")) button.closest("tr").classList.toggle("chosen", button.dataset.choose === index);
   family()?.choose(run);
@@ -79,6 +112,7 @@ function chooseRun() {
 
 function drawRun() {
   family()?.draw();
+  if (run.latency) drawLatency();
   if (run.epochs.length) drawTraining();
 }
 

@@ -9,6 +9,7 @@ What only one kind of network has, its :class:`~batchshaping.report.family.Famil
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from batchshaping.report.channel_gating import KINDS, prior_masses
 from batchshaping.report.headline import headline
 from batchshaping.report.runs import Run, read_run
 from batchshaping.report.settings import Comparison, Setting, Spread, comparisons, differing
-from batchshaping.report.texts import deviation_si, number, percent, plotly_text, points, setting_text, si
+from batchshaping.report.texts import (
+    deviation_si,
+    milliseconds,
+    number,
+    percent,
+    plotly_text,
+    points,
+    setting_text,
+    si,
+)
 from batchshaping.storage.files import replaced
 
 # The first two could be imported from here before there was a file for each family.
@@ -142,6 +152,7 @@ def _run_data(run: Run) -> dict[str, Any]:
         "reference": run.reference.multiply_adds,
         "epochs": run.epochs,
         "pictures": run.view.pictures,
+        "latency": asdict(run.latency) if run.latency else None,
     }
 
 
@@ -168,6 +179,8 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {
+        "milliseconds": milliseconds,
+        "number": number,
         "percent": percent,
         "percent_deviation": percent_deviation,
         "points": points,

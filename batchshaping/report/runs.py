@@ -11,9 +11,10 @@ from typing import Any
 from batchshaping.report.checked import OutOfRangeError, number
 from batchshaping.report.families import family_of
 from batchshaping.report.family import Family, View
+from batchshaping.report.latency import Latency, read_latency
 from batchshaping.report.texts import setting_text, shortened
 from batchshaping.storage.files import quoted
-from batchshaping.training.config import MAY_CHANGE
+from batchshaping.training.config import MAY_CHANGE, SETTINGS
 
 __all__ = ["Reference", "Run", "read_run"]
 
@@ -45,6 +46,7 @@ class Run:
         multiply_adds: mean over the test images.
         reference: what it is compared with.
         epochs: number, accuracy and multiply-adds of each epoch that was evaluated.
+        latency: how long its images take, if that was measured.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Run:
     multiply_adds: float
     reference: Reference
     epochs: list[dict[str, float]]
+    latency: Latency | None
 
     @property
     def share(self) -> float:
@@ -71,13 +74,16 @@ class Run:
     def data(self) -> dict[str, Any]:
         """The settings of the data; accuracies of runs that are equal in them can be compared."""
         settings = [*_DATA, *(["data_folder"] if self.config.get("data") == "folder" else [])]
-        return {name: self.config.get(name) for name in settings}
+        # Earlier runs have no settings that came later.
+        return {name: self.config.get(name, SETTINGS[name].default) for name in settings}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration without the seed, machine and log, and without what has no effect on the run."""
-        ignored = {*MAY_CHANGE, "seed", *self.family.idle(self.config)}
-        return {name: value for name, value in self.config.items() if name not in ignored}
+        ignored = {*MAY_CHANGE, "seed", "start_sha256", *self.family.idle(self.config)}
+        settings = {name: value for name, value in self.config.items() if name not in ignored}
+        # Each seed may start from weights of its own.
+        return settings if self.config.get("start") is None else {**settings, "start": True}
 
     @cached_property
     def recipe(self) -> str:
@@ -101,7 +107,7 @@ class Run:
         return _words(self.family, self.data)
 
 
-_DATA = ("data", "image_size", "train_images")
+_DATA = ("data", "image_size", "train_images", "evaluate_on")
 
 _COMMON_WORDS: dict[str, Callable[[Any], str]] = {
     "network": str,
@@ -109,6 +115,8 @@ _COMMON_WORDS: dict[str, Callable[[Any], str]] = {
     "data_folder": str,
     "train_images": lambda count: "all training images" if count is None else f"{count:,} training images",
     "image_size": lambda side: f"{side} x {side} pixels",
+    "start": lambda _: "started from weights",
+    "evaluate_on": lambda images: f"{images} images",
     "epochs": lambda count: f"{count} epoch{'' if count == 1 else 's'}",
 }
 """How settings that every family may have are told to a reader."""
@@ -186,6 +194,7 @@ def _run(name: str, result: Mapping[str, Any]) -> Run:
             {metric: number(epoch[metric]) for metric in ("epoch", "accuracy", "multiply_adds")}
             for epoch in result["history"]
         ],
+        latency=read_latency(result),
     )
 
 

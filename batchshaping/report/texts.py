@@ -6,7 +6,17 @@ import html
 import json
 from typing import Any
 
-__all__ = ["deviation_si", "number", "percent", "plotly_text", "points", "setting_text", "shortened", "si"]
+__all__ = [
+    "deviation_si",
+    "milliseconds",
+    "number",
+    "percent",
+    "plotly_text",
+    "points",
+    "setting_text",
+    "shortened",
+    "si",
+]
 
 
 def number(value: float, form: str) -> str:
@@ -40,6 +50,16 @@ def points(difference: float) -> str:
         '+1.2'
     """
     return number(100 * difference, "+.1f")
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds, with three digits.
+
+    Example:
+        >>> milliseconds(0.012345)
+        '12.3 ms'
+    """
+    return f"{float(f'{1e3 * seconds:.3g}'):g} ms"
 
 
 def si(value: float) -> str:

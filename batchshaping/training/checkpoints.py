@@ -23,7 +23,15 @@ from torch import Tensor
 
 from batchshaping.storage.files import quoted, replaced
 
-__all__ = ["SafeCheckpoints", "read_checkpoint", "read_tensors", "write_checkpoint", "write_tensors"]
+__all__ = [
+    "SafeCheckpoints",
+    "checksum",
+    "read_checkpoint",
+    "read_tensors",
+    "read_weights",
+    "write_checkpoint",
+    "write_tensors",
+]
 
 _TENSOR, _PAIRS = "$tensor", "$pairs"
 _CHECKSUM = "sha256"
@@ -51,7 +59,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, text: str = "") -> 
         ({'weight': tensor([1., 1.])}, 'trained')
     """
     # Checksum and text are one entry, since safetensors writes several entries in a varying order.
-    metadata = {_CHECKSUM: f"{_checksum(tensors, text)} {text}"}
+    metadata = {_CHECKSUM: f"{checksum(tensors, text)} {text}"}
     with replaced(path) as partial:
         partial.write_bytes(save(dict(tensors), metadata=metadata))
 
@@ -68,26 +76,48 @@ def read_tensors(path: Path, earlier: str | None = None) -> tuple[dict[str, Tens
         OSError: if the file cannot be opened.
         ValueError: if the file is not a safetensors file, or was changed.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a safetensors file: {error}") from None
+    tensors, metadata = _read(path)
     # No other names are accepted, so that a file does not pass for one without a checksum if a bit of the
     # checksum's name has changed.
     if [*metadata] == ([] if earlier is None else [earlier]):
         return tensors, "".join(metadata.values())
     if [*metadata] != [_CHECKSUM]:
         raise ValueError(f"expected a checksum in the header, received {quoted([*metadata])}")
-    expected, _, text = metadata[_CHECKSUM].partition(" ")
-    received = _checksum(tensors, text)
+    return tensors, _checked(tensors, metadata[_CHECKSUM])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of any safetensors file, on the CPU; of one with a checksum as here, it is checked.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if the file is not a safetensors file, or has a checksum and was changed.
+    """
+    tensors, metadata = _read(path)
+    if _CHECKSUM in metadata:
+        _checked(tensors, metadata[_CHECKSUM])
+    return tensors
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a safetensors file: {error}") from None
+
+
+def _checked(tensors: Mapping[str, Tensor], entry: str) -> str:
+    """The text of an entry of checksum and text, if the tensors are those that it was made of."""
+    expected, _, text = entry.partition(" ")
+    received = checksum(tensors, text)
     if received != expected:
         raise ValueError(f"expected the checksum {quoted(expected)}, received {received}")
-    return tensors, text
+    return text
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """The SHA-256 of a text and of the name, type, shape and bytes of each tensor."""
     digest = hashlib.sha256(json.dumps(text).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())

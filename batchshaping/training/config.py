@@ -48,10 +48,10 @@ __all__ = [
 ]
 
 MAY_CHANGE = {
-    *("accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "threads"),
-    "workers",
+    *("accelerator", "data_folder", "devices", "download", "log_every", "logger", "nodes", "start"),
+    *("threads", "workers"),
 }
-"""Settings of the machine and the log, which may change when a run goes on.
+"""Settings of the machine and the log, and where files are, which may change when a run goes on.
 
 With other devices or threads, sums are taken in another order and may be rounded differently.
 """
@@ -162,7 +162,17 @@ class RunConfig(BaseModel):
                 f"batch_size must be a multiple of devices x nodes x accumulate = {parts}, and larger, "
                 f"received {batch_size}"
             )
+        given, library = self.optimization.start, self.network.library_weights
+        if given is not None and library is not None:
+            raise ValueError(f"start must be none where pretrained is true, received {given}")
+        if self.optimization.start_sha256 is not None and self.start_from is None:
+            raise ValueError("start_sha256 needs weights to start from, received none")
         return self
+
+    @property
+    def start_from(self) -> str | None:
+        """The weights to start from, also where they are the pretrained ones of the network."""
+        return self.optimization.start or self.network.library_weights
 
     @property
     def _parts_of_a_batch(self) -> int:

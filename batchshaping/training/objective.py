@@ -113,6 +113,11 @@ class Objective(nn.Module):
             "noise": self.noise(progress),
         }
 
+    def learned_priors(self) -> dict[str, list[float]] | None:
+        """Mean and temperature of the learned prior of each gate; None where priors are not learned."""
+        priors = self.batch_shaping
+        return priors.parameters_of_priors() if isinstance(priors, LearnedPriors) else None
+
     def check_budget(self, least: float) -> None:
         """Refuse a budget that cannot be met.
 
@@ -179,3 +184,7 @@ class LearnedPriors(nn.Module):
         """The loss of the probabilities of each layer, of shape (N, gates)."""
         loss: Tensor = self.loss(torch.cat([*probabilities], dim=1))
         return loss
+
+    def parameters_of_priors(self) -> dict[str, list[float]]:
+        """Mean and temperature of the prior of each gate."""
+        return {"mean": self.loss.mean.tolist(), "temperature": self.loss.temperature.tolist()}

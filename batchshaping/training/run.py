@@ -45,6 +45,7 @@ from batchshaping.training.data import Data, DataError, load_data
 from batchshaping.training.evaluation import evaluate
 from batchshaping.training.module import DataModule, GatedClassifier
 from batchshaping.training.objective import Objective
+from batchshaping.training.start import Start, from_anywhere
 from batchshaping.training.threads import suitable_threads, using_threads
 from batchshaping.training.trainer import CHECKPOINT, HISTORY, make_trainer, silenced, write_json
 
@@ -82,9 +83,13 @@ def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[st
     Raises:
         RunError: if the folder contains a run already, or another process is writing to it.
         DataError: if the data cannot be used.
-        ValueError: if the budget cannot be met, or the machine has no such devices.
+        ValueError: if the budget cannot be met, if the weights to start from cannot be had or do not fit, or
+            if the machine has no such devices.
     """
-    training = _Training.of(config, output, progress)
+    start = Start.of(config)
+    if start is not None:
+        config = config.model_copy(update={"start_sha256": start.sha256})
+    training = _Training.of(config, output, progress, start)
     with _held(output):
         _begin(config, output)
         return training.fit()
@@ -117,7 +122,8 @@ def resume(output: Path, *, progress: bool = False, **settings: Any) -> dict[str
         restored = _Restored(output / CHECKPOINT) if os.path.lexists(output / CHECKPOINT) else None
         if restored is not None:
             _refuse_changes(config, restored.config, output)
-        return _Training.of(config, output, progress).fit(restored)
+        start = Start.of(config) if restored is None else None
+        return _Training.of(config, output, progress, start).fit(restored)
 
 
 def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
@@ -209,9 +215,10 @@ def _checksum(result: dict[str, Any]) -> str:
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
-    """The same configuration with an absolute data folder."""
-    folder = config.data.data_folder
-    return config if folder is None else config.model_copy(update={"data_folder": folder.resolve()})
+    """The same configuration with absolute paths."""
+    folder, start = config.data.data_folder, config.optimization.start
+    update = {} if folder is None else {"data_folder": folder.resolve()}
+    return config.model_copy(update=update | ({} if start is None else {"start": from_anywhere(start)}))
 
 
 def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path) -> None:
@@ -274,18 +281,19 @@ def _config(output: Path, **settings: Any) -> RunConfig:
     return read_whole_config(output / CONFIG, **settings)
 
 
-def make_classifier(config: RunConfig, data: Data) -> GatedClassifier:
+def make_classifier(config: RunConfig, data: Data, start: Start | None = None) -> GatedClassifier:
     """What a configuration trains: network, cost and objective; PyTorch's generator is seeded for it.
 
     Args:
         config: the configuration.
         data: the data set.
+        start: the weights to start from; with none, they are random.
 
     Raises:
-        ValueError: if the budget cannot be met, or pretrained weights cannot be downloaded.
+        ValueError: if the budget cannot be met, or the weights to start from do not fit.
     """
     torch.manual_seed(config.optimization.seed)
-    network = config.network.build(len(data.classes), data.shape)
+    network = config.network.build(len(data.classes), data.shape, start)
     cost = MultiplyAdds.measure(network, torch.zeros(1, *data.shape))
     gates = sum(cost.widths.values())
     objective = Objective(config.objective, across_ranks=config.machine.processes > 1, gates=gates)
@@ -321,10 +329,10 @@ class _Training:
     output: Path
 
     @classmethod
-    def of(cls, config: RunConfig, output: Path, progress: bool) -> _Training:
+    def of(cls, config: RunConfig, output: Path, progress: bool, start: Start | None) -> _Training:
         data = load_data(config.data)
         batches = make_data_module(config, data)
-        module, trainer = make_classifier(config, data), make_trainer(config, output, progress)
+        module, trainer = make_classifier(config, data, start), make_trainer(config, output, progress)
         return cls(config, module, batches, trainer, output)
 
     def fit(self, restored: _Restored | None = None) -> dict[str, Any]:
@@ -368,6 +376,9 @@ class _Training:
         device = self.trainer.strategy.root_device
         dtype = torch.float64 if config.machine.precision == "64" else torch.float32
         network = self.module.network.to(device, dtype)
+        metrics = evaluate(
+            network, data, workers=config.data.workers, device=device, threads=config.machine.threads
+        )
         return {
             "kind": config.network.kind,
             "reference": {"name": config.network.reference, "multiply_adds": self.module.cost.dense},
@@ -380,9 +391,9 @@ class _Training:
             "threads": threads,
             "classes": list(data.classes),
             "seconds": round(time.monotonic() - started, 1),
-            **evaluate(
-                network, data, workers=config.data.workers, device=device, threads=config.machine.threads
-            ),
+            **metrics,
+            **config.network.findings(network, data, metrics),
+            "priors": self.module.objective.learned_priors(),
             "history": self.module.history,
         }
 

@@ -130,6 +130,8 @@ class DataSettings(Section):
     """Side in pixels to which the images of a folder are cropped."""
     train_images: Count | None = None
     """Number of training images to use. By default, all of them."""
+    evaluate_on: Literal["test", "validation"] = "test"
+    """Images on which the network is evaluated; validation images are for choosing settings."""
     augment: bool = True
     """Whether to shift training images at random, and to flip them where that keeps their class."""
     workers: Annotated[int, Field(ge=0, le=10**4)] = 0
@@ -187,6 +189,11 @@ class OptimizationSettings(Section):
 
     heading = "Optimization"
 
+    start: str | None = None
+    """Weights of the network without gates to start from: the folder of a run, a safetensors file, or
+    torchvision:NAME or timm:NAME for those of a library. By default, training starts from random weights."""
+    start_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Checksum that these weights must have. A run writes it to its configuration."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimizer: stochastic gradient descent with Nesterov momentum, or AdamW."""
     epochs: Count = 40

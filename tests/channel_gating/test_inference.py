@@ -22,6 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
 import batchshaping as bs
+from batchshaping.channel_gating import inference
 from batchshaping.channel_gating.blocks import GatedBlock
 from batchshaping.channel_gating.inference import ConditionalBlock, SwitchedConvolution, open_channels
 from batchshaping.gates.forced import gates_forced
@@ -59,7 +60,7 @@ def blocks(fast: nn.Module) -> list[ConditionalBlock]:
 def always(fast: nn.Module, way: str) -> Iterator[None]:
     """Let blocks compute in one way wherever they can."""
     before = ConditionalBlock._way
-    ConditionalBlock._way = lambda self, _: way if way in self._ways() else "masked"
+    ConditionalBlock._way = lambda self, _: way if way in self._ways else "masked"
     try:
         yield
     finally:
@@ -159,7 +160,7 @@ def test_without_onednn_it_gives_the_same(name: str, gates: int | None) -> None:
                 assert_equal(network, fast, torch.randn(5, 3, 32, 32), 0.5)
         assert_equal(network, fast, torch.randn(1, 3, 32, 32), 0.5)
     for layer in packed(fast):
-        for parts in layer._parts.values():
+        for parts in layer._by_size.values():
             assert not any(weight.is_mkldnn for part in parts.values() for weight, _ in part)
 
 
@@ -245,24 +246,26 @@ def test_a_forward_pass_that_cannot_be_traced_gives_the_same() -> None:
 # It computes what is open alone
 
 
-def test_closed_blocks_compute_nothing_but_the_shortcut() -> None:
+def test_closed_blocks_compute_nothing_but_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = bs.conditional_inference(make("basic"))
     calls = []
-    for block in blocks(fast):
-        for layer in (block.conv1, block.conv2):
-            for method in ("parts", "_gathered", "_columns"):
-                original = getattr(layer, method)
-                setattr(layer, method, lambda *args, original=original: (calls.append(1), original(*args))[1])
-    with torch.no_grad(), gates_forced(fast, 0.0):
-        fast(torch.randn(2, 3, 32, 32))
-    assert not calls
+    for name in ("convolve", "convolve_add"):
+        original = getattr(inference, name)
+        monkeypatch.setattr(
+            inference, name, lambda *args, original=original: (calls.append(1), original(*args))[1]
+        )
+    for _ in range(3):
+        with torch.no_grad(), gates_forced(fast, 0.0):
+            fast(torch.randn(2, 3, 32, 32))
+        assert not calls
     with torch.no_grad(), gates_forced(fast, 0.5):
         fast(torch.randn(2, 3, 32, 32))
     assert calls
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [("basic", "sliced"), ("basic", "gathered"), ("bottleneck", "gathered")]
+    ("name", "way"),
+    [("basic", "sliced"), ("basic", "gathered"), ("bottleneck", "sliced"), ("bottleneck", "gathered")],
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_the_operations_that_run_are_the_multiply_adds_that_are_counted(
@@ -345,9 +348,9 @@ def test_copies_give_the_same_and_hold_nothing_packed(name: str, how: str) -> No
     x = torch.randn(2, 3, 32, 32)
     for _ in range(2):
         assert_equal(network, fast, x, 0.5)
-    assert any(parts for layer in packed(fast) for parts in layer._parts.values())
+    assert any(parts for layer in packed(fast) for parts in layer._by_size.values())
     other = copied(fast, how)
-    assert not any(layer._parts or layer._made for layer in packed(other))
+    assert not any(layer._by_size or layer._made for layer in packed(other))
     assert_equal(network, other, x, 0.5)
 
 
@@ -426,8 +429,10 @@ def test_weights_are_packed_for_the_latest_sizes_and_no_pattern_of_gates_adds_an
     fast = bs.conditional_inference(make("basic"))
 
     def number() -> int:
-        every = [part for layer in packed(fast) for parts in layer._parts.values() for part in parts.values()]
-        return sum(map(len, every))
+        every = [
+            made for layer in packed(fast) for by_name in layer._by_size.values() for made in by_name.items()
+        ]
+        return sum(len(parts) for name, parts in every if name != "programs")
 
     with torch.no_grad(), always(fast, "sliced"):
         numbers = []
@@ -441,7 +446,7 @@ def test_weights_are_packed_for_the_latest_sizes_and_no_pattern_of_gates_adds_an
         assert numbers[10] == numbers[-1]
         for size in range(20, 40):
             fast(torch.randn(1, 3, size, size))
-        assert all(len(layer._parts) <= PackedConvolution.SIZES for layer in packed(fast))
+        assert all(len(layer._by_size) <= PackedConvolution.SIZES for layer in packed(fast))
 
 
 def test_tracers_follow_a_copy() -> None:
@@ -472,7 +477,7 @@ def test_a_plan_is_measured_for_the_example_and_kept(name: str, n: int) -> None:
     fast = bs.conditional_inference(network, x)
     for block in blocks(fast):
         ((size, plan),) = block.plans.items()
-        assert size[0] == min(n, 2) and all(way in block._ways() for _, way in plan)
+        assert size[0] == min(n, 2) and all(way in block._ways for _, way in plan)
         assert [limit for limit, _ in plan] == sorted(limit for limit, _ in plan)
     for model in (fast, copy.deepcopy(fast)):
         for share in SHARES:

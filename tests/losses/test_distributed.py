@@ -875,7 +875,7 @@ def a_rank_stalls(rank: int, world: int) -> None:
     group = dist.new_group(list(range(world)), timeout=timedelta(seconds=1))
     over = threading.Event()
     if rank == 1:
-        over.wait(4)
+        over.wait(2)
         return
     with pytest.raises(RuntimeError, match=rf"rank {rank} of {world} lost another rank"):
         bs.batch_shaping(values(6, 5), bs.Beta(0.6, 0.4), 0, group=group)

@@ -238,12 +238,6 @@ def test_a_nan_makes_the_loss_nan() -> None:
     assert bool(SlicedBatchShapingLoss(8)(x).isnan())
 
 
-def test_an_unknown_statistic_is_refused_when_the_module_is_made() -> None:
-    with pytest.raises(ValueError, match="received 'sigreg'") as error:
-        SlicedBatchShapingLoss(8, statistic="sigreg")
-    assert all(repr(name) in str(error.value) for name in STATISTICS)
-
-
 def test_what_is_no_prior_is_refused_when_the_module_is_made() -> None:
     with pytest.raises(ValueError, match="prior must be"):
         SlicedBatchShapingLoss(8, 3.0)

@@ -11,8 +11,9 @@ import torch
 import torch.distributions as td
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import FAMILIES, Family, each_family, each_prior, inside, learned, log_tails, scipy
+from oracles import FAMILIES, Family, log_tails, scipy
 from scipy import special, stats
+from sweeps import each_family, each_prior, inside, learned
 from torch import Tensor
 from torch.autograd import gradcheck
 

@@ -99,6 +99,24 @@ def result(
     }
 
 
+def latency(*networks: str, images: int = 40) -> dict[str, Any]:
+    """What measuring the latency of a run gives: milliseconds that grow with multiply-adds."""
+    spent = np.linspace(0.2, 0.6, images) * DENSE
+    noise = np.random.default_rng(0).normal(0, 1e-5, images)
+    return {
+        "version": 1,
+        "result": "0",
+        "machine": {"processor": "a processor", "threads": 2},
+        "repeats": 5,
+        "images": [*range(images)],
+        "multiply_adds": spent.tolist(),
+        "seconds": {
+            name: (1e-3 + (spent if name == "conditional" else DENSE) * 1e-9 + noise).tolist()
+            for name in networks or ("conditional", "dense")
+        },
+    }
+
+
 def drawn(html: str) -> Any:
     """What the script of a page is given to draw."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
@@ -109,3 +127,33 @@ def drawn(html: str) -> Any:
 def stated(result: dict[str, Any], kind: str = "channel gating") -> dict[str, Any]:
     """The same result with its kind and its reference, which version 0.1 did not write."""
     return {"kind": kind, "reference": {"name": "ResNet-8, ungated", "multiply_adds": DENSE}, **result}
+
+
+def of_two_scales(*, grid: tuple[int, int] = (3, 4), objects: bool = True, **settings: Any) -> dict[str, Any]:
+    """What training gives of a vision transformer with tokens of two scales, with random gates."""
+    settings = {"network": "msvit-mini", **settings}
+    made = stated(result(**settings), "mixed-scale tokens")
+    made["reference"]["name"] = "ViT/8, all fine"
+    if not made["config"]["gated"]:
+        return made | {"priors": None}
+    rng = np.random.default_rng([made["config"]["seed"], 1])
+    regions = grid[0] * grid[1]
+    for each in made["by_class"]:
+        each["open"] = [rng.random(regions).round(4).tolist()]
+    for metrics in (made, *made["history"]):
+        metrics["layers"] = [{**metrics["layers"][0], "name": "gate", "gates": regions}]
+    found = {"frequency": rng.random(regions).tolist(), "auc": rng.random()} if objects else None
+    learned = made["config"]["hyperprior"] is not None
+    return made | {
+        "priors": {"mean": rng.random(regions).tolist(), "temperature": rng.random(regions).tolist()}
+        if learned
+        else None,
+        "regions": {
+            "grid": [*grid],
+            "masks": {
+                which: rng.integers(2, size=(len(made[which]), regions)).tolist()
+                for which in ("least", "most")
+            },
+            "objects": found,
+        },
+    }

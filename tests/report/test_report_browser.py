@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_results import BINS, DENSE, HOSTILE, LAYERS, result, stated
+from report_results import BINS, DENSE, HOSTILE, LAYERS, latency, of_two_scales, result, stated
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -45,6 +45,8 @@ PAGES = {
         "fashion, wide": result(data="fashion-mnist", width=32, gated=False),
         "unknown": stated(result(data="fashion-mnist", share=0.2), "of the future"),
     },
+    # Times were measured of one of them.
+    "timed": {"a": RUNS["shaped 0"] | {"latency": latency()}, "b": RUNS["L0"]},
 }
 OF_GATES = {"layers": 4, "histogram": 2, "multiply-adds": 2, "open": 2, "weights": 3, "heatmap": 1}
 OF_GATES["class-multiply-adds"] = 1
@@ -55,6 +57,14 @@ TRADEOFF = {
     "hostile": {"tradeoff-0": 2},
     "few": {"tradeoff-0": 2},
     "mixed": {"tradeoff-1": 3},
+    "timed": {"tradeoff-0": 2, "latency": 2},
+}
+
+
+SCALES = {
+    "fine": of_two_scales(gated=False),
+    **{f"learned {s}": of_two_scales(seed=s, hyperprior=(2, 8), share=0.4) for s in range(2)},
+    "gated": result(),
 }
 
 
@@ -540,3 +550,48 @@ def test_the_dark_is_dark_and_paper_is_light_and_narrow(browser: WebDriver, fold
     assert luminance(background) > 192 and luminance(text) < 64
     assert printed <= 700 < width
     assert page.run(look)[2] == width
+
+
+# Latency
+
+
+def test_the_times_are_those_of_the_chosen_run(browser: WebDriver, folder: Path) -> None:
+    page = Page(browser, folder / "timed.html")
+    measured = latency()
+    points, line = page.traces("latency")
+    assert points["x"] == measured["multiply_adds"]
+    assert points["y"] == pytest.approx([1e3 * time for time in measured["seconds"]["conditional"]])
+    assert line["y"] == pytest.approx([1e3 * float(np.median(measured["seconds"]["dense"]))] * 2)
+    assert "40 test images" in page.text() and "Not measured for this run" not in page.text()
+    page.select("run").select_by_visible_text("b")
+    assert "latency" not in page.figures()
+    assert "40 test images" not in page.text() and "Not measured for this run" in page.text()
+
+
+def test_runs_of_two_scales_have_maps_and_masks(browser: WebDriver, tmp_path: Path) -> None:
+    write_report(copy.deepcopy(SCALES), tmp_path / "scales.html")
+    page = Page(browser, tmp_path / "scales.html")
+    assert page.errors == []
+    of_scales = {"region-maps": 3, "fine": 1, "scale-weights": 3, "accuracy": 1, "multiply-adds": 2}
+    assert page.figures() == {"tradeoff-0": 3} | of_scales
+    shown = SCALES["learned 0"]
+    assert [np.ravel(trace["z"]).tolist() for trace in page.traces("region-maps")[1:]] == [
+        shown["priors"]["mean"],
+        shown["regions"]["objects"]["frequency"],
+    ]
+    # A mask covers its image, and a square of it the part of the image that is the region.
+    covered = """
+        return [...document.querySelectorAll(".picture")].filter((picture) => picture.checkVisibility())
+            .map((picture) => [...picture.children].map((part) => part.getBoundingClientRect()))
+            .map(([image, mask]) => [image.x - mask.x, image.y - mask.y, image.width - mask.width,
+                image.height - mask.height]);
+    """
+    assert np.abs(page.run(covered)).max() < 1 and len(page.run(covered)) == 8
+    page.select("run").select_by_visible_text("fine")
+    assert "All regions of this run are fine." in page.text()
+    assert page.figures() == {"tradeoff-0": 3, "accuracy": 1}
+    page.select("run").select_by_visible_text("gated")
+    assert "layers" in page.figures() and "region-maps" not in page.figures()
+    for width in (360, 1280):
+        page.resize(width)
+        assert page.run("return document.documentElement.scrollWidth") <= width

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from commands import refused
-from report_results import BINS, DENSE, drawn, result, stated
+from report_results import BINS, DENSE, drawn, latency, result, stated
 
 from batchshaping.report.page import prior_masses, report_html, write_report
 from batchshaping.training.config import RunConfig
@@ -402,3 +402,47 @@ def test_what_training_writes_can_be_reported(tmp_path: Path) -> None:
         "batch-shaping": runs["gated"]["multiply_adds"],
         "ungated": runs["ungated"]["multiply_adds"],
     }
+
+
+# Latency
+
+
+def test_the_page_says_how_time_follows_multiply_adds() -> None:
+    measured = latency()
+    html = report_html({"a": result() | {"latency": measured}, "b": result(seed=1)})
+    expected = scipy.stats.pearsonr(measured["multiply_adds"], measured["seconds"]["conditional"])
+    assert f"The correlation of time with multiply-adds is {expected.statistic:.2f}." in html
+    assert "40 test images, one at a time, medians of 5 passes on a processor, 2 threads." in html
+    assert "no more than 1.32 ms; the network without gates takes 1.8 ms" in html
+    seconds = measured["seconds"]
+    assert [run["latency"] and run["latency"]["seconds"] for run in drawn(html)["runs"]] == [
+        seconds["conditional"],
+        None,
+    ]
+
+
+def test_a_run_without_gates_has_one_time_and_no_correlation() -> None:
+    measured = latency("dense") | {"multiply_adds": [DENSE] * 40}
+    html = report_html({"a": result(gated=False) | {"latency": measured}})
+    assert "40 test images" in html and "correlation" not in html
+
+
+def test_a_report_without_latency_has_no_such_section() -> None:
+    assert 'id="time-title"' not in report_html({"a": result()})
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        ({"seconds": {"conditional": [0.1]}}, "one without 'dense'"),
+        ({"seconds": {"dense": [0.1]}}, "one with a latency of other images"),
+        ({"multiply_adds": []}, "one with a latency of other images"),
+        ({"repeats": float("nan")}, "one with the number nan"),
+        ({"machine": None}, "something else"),
+        ({"seconds": 3}, "something else"),
+    ],
+)
+def test_a_latency_that_nobody_measured_is_refused_in_a_line(change: dict[str, Any], received: str) -> None:
+    broken = result() | {"latency": latency() | change}
+    with pytest.raises(ValueError, match=f"^'bad': expected the result of a run, received {received}$"):
+        report_html({"bad": broken})

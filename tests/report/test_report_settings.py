@@ -76,7 +76,8 @@ def test_a_setting_has_the_mean_and_the_deviation_over_its_seeds(
                 assert spread.deviation == pytest.approx(scale * np.std(values, ddof=1), abs=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(MAY_CHANGE))
+# Weights to start from may be moved, but to start from some is a setting.
+@pytest.mark.parametrize("name", sorted(MAY_CHANGE - {"start"}))
 def test_machine_and_log_make_no_setting(name: str) -> None:
     results = {str(seed): run_of(seed, 0.4) for seed in range(2)}
     results["1"]["config"] = results["1"]["config"] | {name: "another"}

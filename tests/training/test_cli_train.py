@@ -123,6 +123,19 @@ def test_a_run_is_exported_as_onnx(trained: Path, flags: list[str]) -> None:
     assert "already holds digits.onnx" in refused("export", trained, "--output", "digits.onnx")
 
 
+def test_the_latency_of_a_run_is_kept_for_the_report() -> None:
+    run("train", *options(**TINY))
+    told = run("evaluate", "outputs/train", "--latency", "--threads", 1)
+    assert "conditional" in told.stdout and "wrote outputs/train/latency.json" in told.stdout
+    as_json = json.loads(run("evaluate", "outputs/train", "--json", "--latency").stdout)
+    kept = json.loads(Path("outputs/train/latency.json").read_text())
+    assert as_json["latency"] == kept and len(kept["images"]) == 450
+    run("report", "outputs/train")
+    assert "450 test images, one at a time" in Path("report.html").read_text()
+    Path("outputs/train/latency.json").write_text(json.dumps(kept | {"result": "0"}))
+    assert "received another's" in refused("report", "outputs/train", "--output", "other.html")
+
+
 def test_help_names_every_setting_with_its_default_within_80_columns() -> None:
     text = run("train", "--help").stdout
     for name in SETTINGS:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import batchshaping as bs
@@ -17,10 +19,12 @@ from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, ImagesInMemory
 from batchshaping.training.data.canvases import CANVASES
 from batchshaping.training.data.dataset import data_in_memory
+from batchshaping.training.evaluation import evaluate
 from batchshaping.training.module import GatedClassifier
 from batchshaping.training.networks import network_settings
 from batchshaping.training.objective import LearnedPriors, Objective
-from batchshaping.training.run import load_run, make_classifier, train
+from batchshaping.training.regions import objects_in_regions
+from batchshaping.training.run import load_run, make_classifier, resume, train
 from batchshaping.training.sections import ObjectiveSettings
 
 SETTINGS: dict[str, Any] = {
@@ -51,6 +55,7 @@ def test_a_run_trains_evaluates_and_is_loaded(tmp_path: Path) -> None:
     assert result["reference"]["name"] == "ViT/2, width 16, depth 1, 2 heads, all fine"
     # 8 x 8 pixels: 4 regions of 2 x 2 patches of 2 x 2 pixels.
     assert [(layer["name"], layer["gates"]) for layer in result["layers"]] == [("gate", 4)]
+    assert len(result["priors"]["mean"]) == len(result["priors"]["temperature"]) == 4
     assert result["config"]["hyperprior"] == [3.0, 7.0] and result["history"][-1]["shaping"] == 20.0
     written = json.loads((tmp_path / "run/result.json").read_text())
     assert written["accuracy"] == result["accuracy"]
@@ -59,6 +64,48 @@ def test_a_run_trains_evaluates_and_is_loaded(tmp_path: Path) -> None:
     with torch.no_grad(), bs.gates_forced(network.eval(), share=1.0):
         images = data.normalize(data.test.__getitems__(range(8))[0])
         assert torch.equal(network.inference_twin()(images), network.vit(images))
+
+
+@pytest.mark.parametrize("gate", ["entropy", "chance"])
+def test_rules_are_trained_with_and_go_on_after_an_interruption(gate: str, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "hyperprior": None, "shaping": 0.0, "gate": gate, "density": 0.25}
+    whole = train(RunConfig(**settings), tmp_path / "whole")
+    assert whole["gates"]["mean_open"] == pytest.approx(0.25, abs=0.1)
+    assert whole["priors"] is None
+    network, _ = load_run(tmp_path / "whole")
+    assert isinstance(network, bs.MSViT) and [*network.gate.parameters()] == []
+    train(RunConfig(**settings), tmp_path / "again")
+    for name in ("result.json", "model.safetensors"):
+        (tmp_path / "again" / name).unlink()
+    assert resume(tmp_path / "again")["loss"] == whole["loss"]
+
+
+def test_findings_are_those_of_the_network(tmp_path: Path) -> None:
+    module, data = classifier(), few(40)
+    drawn = CANVASES.draw("test", 40)
+    data = replace(data, test=drawn)
+    network = module.network.eval()
+    metrics = evaluate(network, data, extremes=3)
+    found = network_settings(network="msvit-mini").findings(network, data, metrics)["regions"]
+    assert found["grid"] == [4, 4]
+    with torch.no_grad():
+        network(data.normalize(drawn.images))
+    for which in ("least", "most"):
+        indices = [image["index"] for image in metrics[which]]
+        assert found["masks"][which] == network.gate.decisions[indices].int().tolist()
+    has_object = objects_in_regions(drawn.objects(), side=16)
+    for index in range(40):
+        (row, column), (down, across) = drawn.corners[index].tolist(), drawn.ink[index].nonzero().T
+        touched = {*((row + down) // 16 * 4 + (column + across) // 16).tolist()}
+        assert touched == {*has_object[index].nonzero().flatten().tolist()}
+    expected = roc_auc_score(has_object.flatten(), network.gate.probabilities.double().flatten())
+    assert found["objects"]["auc"] == pytest.approx(expected)
+    assert found["objects"]["frequency"] == has_object.double().mean(dim=0).tolist()
+    # Digits know no objects, and a network without gates finds nothing.
+    plain = few(40)
+    found = network_settings(network="msvit-mini").findings(network, plain, evaluate(network, plain))
+    assert found["regions"]["objects"] is None
+    assert network_settings(network="msvit-mini").findings(nn.Identity(), plain, {}) == {}
 
 
 def few(data_of: int = 64) -> Data:
@@ -135,6 +182,9 @@ def test_networks_are_those_of_their_settings() -> None:
         ({"network": "msvit-tiny16", "depth": 2}, "depth is not a setting of msvit-tiny16"),
         ({"network": "msvit-mini", "coarse_side": 3}, "coarse_side: "),
         ({"network": "msvit-mini", "width": 3}, "width is not a setting of msvit-mini"),
+        ({"network": "msvit-mini", "gate": "chance"}, "density must be given for gate chance, received None"),
+        ({"network": "msvit-mini", "density": 0.2}, "density must be none for a learned gate, received 0.2"),
+        ({"network": "msvit-mini", "gate": "variance"}, "gate: input should be 'learned', 'entropy' or"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], line: str) -> None:
@@ -147,12 +197,3 @@ def test_images_and_widths_that_do_not_fit_are_refused() -> None:
         network_settings(network="msvit-mini").build(10, (1, 28, 28))
     with pytest.raises(ValueError, match="a multiple of 5 heads, received 64"):
         network_settings(network="msvit-mini", heads=5).build(10, (1, 64, 64))
-
-
-def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no\nconnection")
-
-    monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(ValueError, match=r"^pretrained: the download of the weights failed: no connection$"):
-        network_settings(network="msvit-tiny16", pretrained=True).build(10, (3, 64, 64))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -36,15 +37,28 @@ class Perceptron(Network):
     gated: bool = True
     """Whether gates would be there."""
 
-    def build(self, classes, shape):
+    def ungated(self, classes, shape):
         channels, height, width = shape
         hidden = nn.Linear(channels * height * width, self.neurons)
         return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(self.neurons, classes))
+
+    def with_gates(self, network):
+        return network
 
     @property
     def reference(self):
         return f"perceptron of {self.neurons} neurons"
 '''
+
+
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from batchshaping.cli import app
+
+done = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[1])]
+print(json.dumps([(each.exit_code, each.stdout, each.stderr) for each in done]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +69,22 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root, folder / "batchshaping", ignore=shutil.ignore_patterns("__pycache__"))
     # First in the alphabet, but no family of the default network.
     (folder / "batchshaping/training/networks/a_family.py").write_text(PERCEPTRON, encoding="utf-8")
-    (folder / "command.py").write_text("from batchshaping.cli import main\n\nmain()\n", encoding="utf-8")
+    (folder / "commands.py").write_text(COMMANDS, encoding="utf-8")
     return folder
 
 
-def command(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "command.py", *arguments],
+class Done(NamedTuple):
+    """What came of a command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def commands(package: Path, *each: list[str]) -> list[Done]:
+    """What comes of commands, one after the other in one process."""
+    process = subprocess.run(
+        [sys.executable, "commands.py", json.dumps(each)],
         cwd=package,
         env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         capture_output=True,
@@ -69,41 +92,42 @@ def command(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+    assert process.returncode == 0, process.stderr
+    return [Done(*fields) for fields in json.loads(process.stdout)]
 
 
 def test_a_family_is_one_file(package: Path) -> None:
-    settings = ["--network", "perceptron", "--neurons", "5", "--epochs", "2", "--logger", "none"]
-    done = command(package, "train", *settings)
-    assert done.returncode == 0, done.stderr
     run = package / "outputs/train"
+    settings = ["--network", "perceptron", "--neurons", "5", "--epochs", "2", "--logger", "none"]
+    trained, resumed, evaluated = commands(
+        package, ["train", *settings], ["train", "--resume", str(run)], ["evaluate", str(run), "--json"]
+    )
+    assert trained.code == 0, trained.stderr
     result = json.loads((run / "result.json").read_text())
     assert result["kind"] == "perceptron"
     assert result["reference"] == {"name": "perceptron of 5 neurons", "multiply_adds": 64 * 5 + 5 * 10}
     assert result["config"].items() >= {"network": "perceptron", "neurons": 5}.items()
     assert "width" not in result["config"]
-    assert "was finished before" in command(package, "train", "--resume", str(run)).stdout
-    evaluated = command(package, "evaluate", str(run), "--json")
+    assert "was finished before" in resumed.stdout
     assert json.loads(evaluated.stdout)["accuracy"] == result["accuracy"]
 
 
 def test_settings_of_a_family_are_options_and_belong_to_its_networks_only(package: Path) -> None:
-    help = command(package, "train", "--help").stdout
+    lines = {
+        ("--network", "perceptron", "--width", "8"): "width is not a setting of perceptron",
+        ("--neurons", "8"): "neurons is not a setting of resnet8",
+        ("--network", "perceptron", "--neurons", "0"): "neurons: input should be greater than or equal to 1",
+        ("--network", "resnet9"): "network must be one of resnet8, ",
+    }
+    each = [["train", *settings] for settings in (("--help",), *lines)]
+    (_, help, _), *refused = commands(package, *each)
     assert "Number of hidden neurons. [default: 8]" in help
     # The default network is still the same, and a setting of two families has both descriptions.
     text = " ".join(help.replace("│", " ").split())
     assert "[default: resnet8]" in text
     assert "Whether the network has gates. Whether gates would be there. " in text
-    for settings, line in [
-        (("--network", "perceptron", "--width", "8"), "width is not a setting of perceptron"),
-        (("--neurons", "8"), "neurons is not a setting of resnet8"),
-        (
-            ("--network", "perceptron", "--neurons", "0"),
-            "neurons: input should be greater than or equal to 1",
-        ),
-        (("--network", "resnet9"), "network must be one of resnet8, "),
-    ]:
-        done = command(package, "train", *settings)
-        assert done.returncode == 2 and done.stdout == ""
+    for done, line in zip(refused, lines.values(), strict=True):
+        assert done.code == 2 and done.stdout == ""
         assert done.stderr.startswith(f"batchshaping: {line}") and done.stderr.count("\n") == 1
 
 

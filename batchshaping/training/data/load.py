@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from batchshaping.training.data.canvases import CANVASES, CENTRED_CANVASES
 from batchshaping.training.data.cifar import CIFAR10, CIFAR100
-from batchshaping.training.data.dataset import Data, fewer
+from batchshaping.training.data.dataset import Data, DataError, fewer
 from batchshaping.training.data.digits import digits
 from batchshaping.training.data.fashion_mnist import fashion_mnist
 from batchshaping.training.data.folder import folder_of_images
@@ -23,8 +24,8 @@ def load_data(settings: DataSettings) -> Data:
             versions.
 
     Raises:
-        DataError: in one line, if a file is missing or its content is not as expected, or if there are fewer
-            training images than wanted.
+        DataError: in one line, if a file is missing or its content is not as expected, if there are fewer
+            training images than wanted, or no validation images to evaluate on.
 
     Example:
         >>> data = load_data(DataSettings(data="digits"))
@@ -34,6 +35,10 @@ def load_data(settings: DataSettings) -> Data:
     if not isinstance(settings, DataSettings):  # a RunConfig
         settings = settings.data
     data = _LOADERS[settings.name](settings)
+    if settings.evaluate_on == "validation":
+        if data.validation is None:
+            raise DataError(f"evaluate_on must be test for {settings.name}, which has no validation images")
+        data = replace(data, test=data.validation)
     return data if settings.train_images is None else fewer(data, settings.train_images)
 
 

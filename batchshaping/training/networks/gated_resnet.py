@@ -67,35 +67,26 @@ class GatedResNet(Network):
             parts += [f"width {self.width}", *[f"stem stride {self.stem_stride}"] * (self.stem_stride > 1)]
         return ", ".join([*parts, "ungated"])
 
-    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    @property
+    def library_weights(self) -> str | None:
+        return f"torchvision:{self.name}" if self.pretrained else None
+
+    def ungated(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
         channels = shape[0]
-        network = (
-            self._for_small_images(classes, channels)
-            if self._is_small
-            else self._torchvision(classes, channels)
-        )
-        if not self.gated:
-            return network
-        return gate_resnet(network, self.hidden, self.gate_bias, self.gates_per_layer)
-
-    def _for_small_images(self, classes: int, channels: int) -> nn.Module:
-        return SmallImageResNet(
-            SMALL_IMAGE_NETWORKS[self.name], classes, channels, self.width, self.stem_stride
-        )
-
-    def _torchvision(self, classes: int, channels: int) -> nn.Module:
+        if self._is_small:
+            depth = SMALL_IMAGE_NETWORKS[self.name]
+            return SmallImageResNet(depth, classes, channels, self.width, self.stem_stride)
         from torchvision.models import get_model
 
-        try:
-            resnet: Any = get_model(self.name, weights="DEFAULT" if self.pretrained else None)
-        except OSError as error:
-            raise ValueError(f"pretrained: the download of the weights failed: {error}") from None
-        first, last = resnet.conv1, resnet.fc
+        resnet: Any = get_model(self.name, num_classes=classes)
+        first = resnet.conv1
         if channels != first.in_channels:
             resnet.conv1 = nn.Conv2d(
                 channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=False
             )
-        if last.out_features != classes:
-            resnet.fc = nn.Linear(last.in_features, classes)
-        network: nn.Module = resnet
-        return network
+        return resnet  # type: ignore[no-any-return]
+
+    def with_gates(self, network: nn.Module) -> nn.Module:
+        if not self.gated:
+            return network
+        return gate_resnet(network, self.hidden, self.gate_bias, self.gates_per_layer)
