@@ -21,6 +21,7 @@ from batchshaping.channel_gating.resnets import (
 )
 from batchshaping.gates.channel import ChannelGate
 from batchshaping.gates.cost import count_macs
+from batchshaping.gates.export import export_onnx
 from batchshaping.gates.forced import gates_forced
 from batchshaping.gates.gate import (
     Gate,
@@ -58,6 +59,7 @@ __all__ = [
     "binary_concrete",
     "conditional_inference",
     "count_macs",
+    "export_onnx",
     "gate_decisions",
     "gate_probabilities",
     "gate_resnet",

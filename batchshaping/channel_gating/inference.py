@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchshaping.channel_gating.branches import BranchedLayer, add_branches, can_branch
 from batchshaping.gates.channel import ChannelGate, to_channels
 from batchshaping.gates.cost import ConvolutionTerm, Run, convolution_terms
-from batchshaping.gates.gate import Gate, OneStep
+from batchshaping.gates.gate import Gate, OneStep, is_exporting
 from batchshaping.gates.packed import (
     PackedConvolution,
     channels_last,
@@ -422,6 +423,7 @@ class FoldedGate(Gate):
 
     Attributes:
         sizes: how many channels each gate switches; one number more is that of channels without a gate.
+        gates: how many gates there are.
 
     Shape:
         From sums (N, channels) to zeros and ones (N, sizes), where channels without a gate are open.
@@ -438,7 +440,8 @@ class FoldedGate(Gate):
         first, norm, _, last = layers
         super().__init__(gate.temperature, device="cpu")
         self.sizes = gate.sizes or (1,) * gate.gates
-        self._has_ungated = len(self.sizes) > gate.gates
+        self.gates = gate.gates
+        self._has_ungated = len(self.sizes) > self.gates
         least = torch.promote_types(last.weight.dtype, torch.float32)
         for name, layer, after in (("first", first, norm), ("last", last, None)):
             weight, bias = folded(copy.deepcopy(layer).to(least), after)
@@ -481,7 +484,7 @@ class Ungated(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.sizes = (channels,)
+        self.sizes, self.gates = (channels,), 0
 
     def forward(self, sums: Tensor, scale: float = 1.0) -> Tensor:
         """Ones of shape (N, 1)."""
@@ -650,14 +653,21 @@ class ConditionalBlock(OneStep):
         return self.activation(self.end(branch) + shortcut)  # type: ignore[no-any-return]
 
     def _plain(self, x: Tensor, sums: Tensor, scale: float) -> Tensor:
-        """All channels, by operations that can be counted, compiled and exported."""
-        h = x
-        for inner in self._inner:
-            h = inner.activated(inner.convolution(h))
-            h = h * inner.mask(inner.gate(sums, scale), h)
-        h = self._last[0](h)
-        branch = h if self.end is None else self.end(h)
+        """All channels, or a branch for each gate, by operations that can be counted, compiled, exported."""
+        gates = [inner.gate(sums, scale) for inner in self._inner]
         shortcut = x if self.downsample is None else self.downsample(x)
+        layers = [BranchedLayer(i.convolution, i.activation, i.gate.sizes, i.gate.gates) for i in self._inner]
+        if is_exporting() and can_branch(x, layers):
+            if self.end is None:
+                return self.activation(add_branches(x, shortcut, gates, layers, *self._last))  # type: ignore[no-any-return]
+            h = add_branches(x, torch.zeros_like(shortcut), gates, layers, *self._last)
+        else:
+            h = x
+            for inner, decided in zip(self._inner, gates, strict=True):
+                h = inner.activated(inner.convolution(h))
+                h = h * inner.mask(decided, h)
+            h = self._last[0](h)
+        branch = h if self.end is None else self.end(h)
         return self.activation(branch + shortcut)  # type: ignore[no-any-return]
 
     def measure_plan(self, x: Tensor) -> None:

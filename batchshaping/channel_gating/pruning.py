@@ -192,7 +192,8 @@ class ClosedBlock(nn.Module):
         for name in self._after:
             layer = getattr(self, name)
             branch = branch if layer is None else layer(branch)
-        return getattr(self, self._last)(shortcut + branch)  # type: ignore[no-any-return]
+        output: Tensor = getattr(self, self._last)(shortcut + branch)
+        return output
 
     def inference_twin(self) -> nn.Module:
         """The same for inference, with the convolutions of the shortcut packed."""

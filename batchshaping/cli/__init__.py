@@ -9,7 +9,8 @@ with extras():
     from batchshaping.cli.benchmarks import bench
     from batchshaping.cli.command import app, main
     from batchshaping.cli.demonstration import demo
+    from batchshaping.cli.export import export
     from batchshaping.cli.runs import evaluate, report
     from batchshaping.cli.shaping import fit
 
-__all__ = ["app", "bench", "demo", "evaluate", "fit", "main", "report"]
+__all__ = ["app", "bench", "demo", "evaluate", "export", "fit", "main", "report"]

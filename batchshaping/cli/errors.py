@@ -14,6 +14,8 @@ _EXTRA_OF = {
     "jinja2": "vision",
     "lightning": "vision",
     "matplotlib": "viz",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
     "PIL": "viz",
     "plotly": "vision",
     "pydantic": "cli",

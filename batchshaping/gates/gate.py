@@ -24,6 +24,7 @@ __all__ = [
     "follow_gates",
     "gate_decisions",
     "gate_probabilities",
+    "is_exporting",
     "is_recomputing",
     "keep_every_run",
     "layer_of_logits",
@@ -32,7 +33,8 @@ __all__ = [
     "whole_number",
 ]
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+"""Whether torch.export makes a program."""
 
 
 def binary_concrete(
@@ -180,7 +182,7 @@ class Gate(OneStep):
     def _keep(self, logits: Tensor, decisions: Tensor | None) -> None:
         """Keep a run, to be read; without decisions where they follow from the logits in evaluation."""
         # An exported program has no state, and the tensors that it is made with have no values.
-        if not _is_exporting() and not is_recomputing():
+        if not is_exporting() and not is_recomputing():
             earlier = () if self._pass is None else self._runs
             self._runs = (*earlier, (logits, decisions))
 
@@ -353,7 +355,7 @@ class ForwardPasses:
 
     def _matters(self, inputs: tuple[Any, ...]) -> bool:
         """Whether layers run for the first time: not in a backward pass, and not for a tracer."""
-        if _is_exporting() or is_recomputing():
+        if is_exporting() or is_recomputing():
             return False
         args = inputs[1] if len(inputs) > 1 else ()
         return not any(isinstance(value, fx.Proxy) for value in args)

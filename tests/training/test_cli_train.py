@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from urllib.error import URLError
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from commands import refused, run
@@ -21,6 +22,8 @@ from typer.testing import CliRunner
 
 from batchshaping.cli import app
 from batchshaping.training.config import SETTINGS, RunConfig, read_config
+from batchshaping.training.data.batching import batches
+from batchshaping.training.run import load_run
 
 TINY = {"width": 2, "hidden": 4, "train_images": 128, "batch_size": 32, "epochs": 2, "budget": 0.0}
 COMMAND = shutil.which("batchshaping", path=sysconfig.get_path("scripts")) or "batchshaping"
@@ -105,6 +108,19 @@ def test_a_run_goes_to_its_usual_place_and_can_be_evaluated_and_resumed() -> Non
     assert f"{figures['accuracy']:.2%} of 450" in run("evaluate", "outputs/train").stdout
     assert "outputs/train was finished before" in run("train", "--resume", "outputs/train").stdout
     assert files() == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--prune"], ["--batches"]])
+def test_a_run_is_exported_as_onnx(trained: Path, flags: list[str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert "wrote digits.onnx" in run("export", trained, "--output", "digits.onnx", *flags).stdout
+    network, data = load_run(trained)
+    images = data.normalize(next(iter(batches(data.train, 3)))[0])
+    session = onnxruntime.InferenceSession("digits.onnx")
+    for x in [images] if flags == ["--batches"] else images.split(1):
+        (found,) = session.run(None, {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), network(x).detach(), rtol=1e-4, atol=1e-4)
+    assert "already holds digits.onnx" in refused("export", trained, "--output", "digits.onnx")
 
 
 def test_the_latency_of_a_run_is_kept_for_the_report() -> None:
