@@ -152,8 +152,10 @@ def test_the_guide_to_conditional_inference_runs() -> None:
     guide = (ROOT / "docs" / "conditional_inference.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE):
-        exec(block, names)
-    assert names["logits"].shape == (1, 1000)
+        # Exporting a ResNet-18 takes a minute; tests/channel_gating/test_export.py exports smaller networks.
+        if "export" not in block:
+            exec(block, names)
+    assert names["logits"].shape == (1, 1000) and names["pruned"] is not names["resnet"]
 
 
 def test_the_examples_of_the_guide_run() -> None:
