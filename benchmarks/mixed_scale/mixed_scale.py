@@ -235,6 +235,7 @@ def summarize(found: dict[str, list[dict[str, Any]]]) -> str:
             [
                 KINDS[kind],
                 target,
+                str(len(results)),
                 spread(results, density, 3) if gated else "",
                 spread(results, tokens, 1),
                 spread(results, share, 1, 100),
@@ -243,7 +244,7 @@ def summarize(found: dict[str, list[dict[str, Any]]]) -> str:
                 spread(results, correlation, 2) if kind.startswith("gbas") else "",
             ]
         )
-    header = ["scales chosen by", "target", "density", "tokens of 64", "multiply-adds, %"]
+    header = ["scales chosen by", "target", "seeds", "density", "tokens of 64", "multiply-adds, %"]
     return table([*header, "test accuracy, %", "AUC", "r"], rows)
 
 
