@@ -65,7 +65,8 @@ FROM_FINE = {
     "epochs": 1,
 }
 PENALIZED = {"penalized": "open-gates", "budget": 0.0, "penalty_begin": 0.0, "penalty_end": 0.01}
-# Chosen on the validation images, so that the share of fine regions is the target.
+# For 0.15 and 0.2 chosen on the validation images with one seed, so that the share of fine regions is the
+# target; for 0.3 a guess, since with so small a weight the gate stays where it starts.
 PENALTIES = {0.15: 0.35, 0.2: 0.085, 0.3: 0.02}
 
 
