@@ -479,20 +479,33 @@ class _Restored(Callback):
             raise self._error("that of another step")
         if _constants(trainer) != self._settings:
             raise self._error("other settings of the optimizer")
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                # In half precision, steps whose gradients overflow are skipped.
-                if group["momentum"] and trainer.precision != "16-mixed":
-                    shapes = [_shape(optimizer.state[p].get("momentum_buffer")) for p in group["params"]]
-                    if shapes != [p.shape for p in group["params"]]:
-                        raise self._error("momenta of other shapes")
+        # In half precision, steps whose gradients overflow are skipped.
+        if trainer.precision != "16-mixed":
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    for name in _momenta(group):
+                        shapes = [_shape(optimizer.state[p].get(name)) for p in group["params"]]
+                        if shapes != [p.shape for p in group["params"]]:
+                            raise self._error("momenta of other shapes")
         self._started = True
 
 
 def _constants(trainer: pl.Trainer) -> list[dict[str, Any]]:
     """What training does not change, of each group of parameters."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return [{**group, "params": len(group["params"]), "lr": "lr" in group} for group in groups]
+    # A file has lists where PyTorch has pairs, such as the betas of AdamW.
+    as_lists = [
+        {name: list(value) if isinstance(value, tuple) else value for name, value in group.items()}
+        for group in groups
+    ]
+    return [{**group, "params": len(group["params"]), "lr": "lr" in group} for group in as_lists]
+
+
+def _momenta(group: dict[str, Any]) -> tuple[str, ...]:
+    """The names of what the optimizer of a group keeps for each parameter, in its shape."""
+    if "betas" in group:
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if group["momentum"] else ()
 
 
 def _shape(value: object) -> torch.Size | None:

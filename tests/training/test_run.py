@@ -202,6 +202,16 @@ def test_an_interrupted_run_goes_on_to_the_result_it_would_have_had(
         assert stderr.splitlines()[-1] == f"interrupted; to go on: batchshaping train --resume {folder}"
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"optimizer": "adamw"}, {"optimizer": "adamw", "hyperprior": (3, 7)}]
+)
+def test_every_optimizer_goes_on_where_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = RunConfig(**{**SHORT.model_dump(), **settings})
+    expected = train(config, tmp_path / "undisturbed")
+    train_one_epoch(config, tmp_path / "begun")
+    assert facts(resume(tmp_path / "begun")) == facts(expected)
+
+
 def test_a_run_that_did_not_get_through_its_first_epoch_starts_again(short: Path, tmp_path: Path) -> None:
     expected = facts(read_result(short))
     begun = tmp_path / "begun"
@@ -355,10 +365,8 @@ def test_a_bit_that_changes_in_a_result_is_refused_or_changes_nothing(finished: 
 # The state of a checkpoint
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after the first of its two epochs, with the weights that it had then."""
-    folder = tmp_path_factory.mktemp("runs") / "begun"
+def train_one_epoch(config: RunConfig, folder: Path) -> None:
+    """Begin a run that is stopped after its first epoch."""
 
     def write_and_stop(*arguments: Any) -> NoReturn:
         write_checkpoint(*arguments)
@@ -367,7 +375,14 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("batchshaping.training.checkpoints.write_checkpoint", write_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            train(SHORT, folder)
+            train(config, folder)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after the first of its two epochs, with the weights that it had then."""
+    folder = tmp_path_factory.mktemp("runs") / "begun"
+    train_one_epoch(SHORT, folder)
     other = folder.with_name("other")
     train(ONCE, other)
     shutil.copy(other / "model.safetensors", folder)
