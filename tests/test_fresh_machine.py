@@ -185,4 +185,7 @@ def test_the_requirements_hold_what_our_notebooks_import(notebook: Path) -> None
     names, distributions = required(), packages_distributions()
     found = {module: {name.lower() for name in distributions[module]} for module in needed(imports_of(code))}
     assert {"torch", "matplotlib"} <= found.keys()
+    # Exporting asks for its extra itself, and no notebook exports.
+    assert "export" not in code
+    names |= dependencies("batchshaping", ["onnx"])
     assert {module for module, of_module in found.items() if not of_module & names} == set()

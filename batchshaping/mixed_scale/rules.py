@@ -107,8 +107,8 @@ class ChanceGate(Gate):
 
     Example:
         >>> gate = ChanceGate(density=0.25).eval()
-        >>> gate(torch.randn(1000, 16, 1, 8, 8)).mean().round(decimals=2)
-        tensor(0.2500)
+        >>> bool((gate(torch.randn(1000, 16, 1, 8, 8)).mean() - 0.25).abs() < 0.02)
+        True
     """
 
     def __init__(self, density: float, seed: int = 0) -> None:
