@@ -21,9 +21,9 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 NETWORKS = {
-    "basic": ("basic", 4),
+    "basic": ("basic", 2),
     "basic, one gate": ("basic", 1),
-    "bottleneck": ("bottleneck", (3, 2)),
+    "bottleneck": ("bottleneck", (2, 2)),
     "ResNeXt": ("ResNeXt", 4),
     "a gate a channel": ("basic", None),
 }
@@ -86,7 +86,7 @@ def test_any_gates_give_the_same_by_branches_and_by_all_channels(
 
 
 def test_a_file_for_batches_takes_any_number_of_images(tmp_path: Path) -> None:
-    network = make("basic", 4)
+    network = make("basic", 2)
     bs.export_onnx(bs.conditional_inference(network), tmp_path / "many.onnx", torch.randn(2, 3, 32, 32))
     for n in (1, 2, 5):
         x = torch.randn(n, 3, 32, 32)
@@ -127,7 +127,7 @@ def test_each_large_weight_is_in_the_file_once_and_constant_within_its_branch(tm
 
 
 def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
-    network, x = make("basic", 4), torch.randn(1, 3, 32, 32)
+    network, x = make("basic", 2), torch.randn(1, 3, 32, 32)
     fast = bs.conditional_inference(network)
     bs.export_onnx(fast, tmp_path / "one.onnx", x)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path: Path) -> None:
-    fast = bs.conditional_inference(make("basic", 4))
+    fast = bs.conditional_inference(make("basic", 2))
     with pytest.raises(ValueError, match=r"^example must hold at least one image, received shape \(0, 3, 32"):
         bs.export_onnx(fast, tmp_path / "none.onnx", torch.randn(0, 3, 32, 32))
     vit = bs.MSViT(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2)).eval()
