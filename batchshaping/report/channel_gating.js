@@ -106,16 +106,7 @@ families.channel_gating = (() => {
       ],
       { xaxis: epochAxis(run), yaxis: shares("share of gates", { range: [0, 1.02] }) },
     );
-    plot(
-      "weights",
-      260,
-      [
-        curve(run, { name: "batch-shaping", shade: "empirical", dash: "solid", form: ".3" }, (i) => epochs[i].shaping),
-        curve(run, { name: "penalty on cost", shade: "loss", dash: "dash", form: ".3" }, (i) => epochs[i].penalty),
-        curve(run, { name: "noise", shade: "green", dash: "dot", form: ".3" }, (i) => epochs[i].noise),
-      ],
-      { xaxis: epochAxis(run), yaxis: axis("weight", { rangemode: "tozero" }) },
-    );
+    plotWeights("weights", run, epochs, "penalty on cost");
   }
 
   // Classes

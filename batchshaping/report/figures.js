@@ -57,3 +57,17 @@ function curve(run, { name, shade, dash, form }, metric) {
 
 // There is no half of an epoch.
 const epochAxis = (run) => axis("epoch", { rangemode: "tozero", ...(run.epochs.at(-1).epoch < 10 && { dtick: 1 }) });
+
+// Weights of the losses and of the noise after each epoch of a run.
+function plotWeights(id, run, epochs, penalty) {
+  plot(
+    id,
+    260,
+    [
+      curve(run, { name: "batch-shaping", shade: "empirical", dash: "solid", form: ".3" }, (i) => epochs[i].shaping),
+      curve(run, { name: penalty, shade: "loss", dash: "dash", form: ".3" }, (i) => epochs[i].penalty),
+      curve(run, { name: "noise", shade: "green", dash: "dot", form: ".3" }, (i) => epochs[i].noise),
+    ],
+    { xaxis: epochAxis(run), yaxis: axis("weight", { rangemode: "tozero" }) },
+  );
+}

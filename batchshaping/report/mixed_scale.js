@@ -39,16 +39,7 @@ families.mixed_scale = (() => {
       xaxis: epochAxis(run),
       yaxis: shares("share of regions", { range: [0, 1.02] }),
     });
-    plot(
-      "scale-weights",
-      260,
-      [
-        curve(run, { name: "batch-shaping", shade: "empirical", dash: "solid", form: ".3" }, (i) => epochs[i].shaping),
-        curve(run, { name: "penalty", shade: "loss", dash: "dash", form: ".3" }, (i) => epochs[i].penalty),
-        curve(run, { name: "noise", shade: "green", dash: "dot", form: ".3" }, (i) => epochs[i].noise),
-      ],
-      { xaxis: epochAxis(run), yaxis: axis("weight", { rangemode: "tozero" }) },
-    );
+    plotWeights("scale-weights", run, epochs, "penalty");
   }
 
   function choose(chosen) {
