@@ -490,15 +490,11 @@ class _Restored(Callback):
         self._started = True
 
 
-def _constants(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """What training does not change, of each group of parameters."""
+def _constants(trainer: pl.Trainer) -> str:
+    """What training does not change, of each group of parameters, as the JSON of a file has it."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    # A file has lists where PyTorch has pairs, such as the betas of AdamW.
-    as_lists = [
-        {name: list(value) if isinstance(value, tuple) else value for name, value in group.items()}
-        for group in groups
-    ]
-    return [{**group, "params": len(group["params"]), "lr": "lr" in group} for group in as_lists]
+    constants = [{**group, "params": len(group["params"]), "lr": "lr" in group} for group in groups]
+    return json.dumps(constants, sort_keys=True)
 
 
 def _momenta(group: dict[str, Any]) -> tuple[str, ...]:
