@@ -623,6 +623,9 @@ class ConditionalBlock(OneStep):
         self.end = end
         self.activation = activation
         self._ways = (*self._possible_ways(),)
+        # A convolution between two layers of gates is cut twice, which pays where it has few parts.
+        few = all(layer.bundle_sizes[1] >= len(layer.outputs or ()) for layer in self._layers[1:])
+        self._by_default = "sliced" if "sliced" in self._ways and few else "gathered"
         # Whether the last convolution can do all that comes after the sum.
         self._relu = end is None and type(activation) is nn.ReLU
         self.eval()
@@ -686,7 +689,7 @@ class ConditionalBlock(OneStep):
                 for inner in self._inner
             ]
             batch = _Batch(x, shortcut, _side_by_side(map(_rows, gates)), gates, inplace=False)
-            ways = {way: partial(self._compute, way, batch) for way in self._ways}
+            ways = {way: partial(_WAYS[way], self, batch) for way in self._ways}
             seconds = _medians(ways, x.device)
             plan.append((share + _MEASURED_SHARES[0] / 2, min(seconds, key=lambda name: seconds[name])))
         self.plans = {**self.plans, _size(x): tuple(plan)}
@@ -699,7 +702,7 @@ class ConditionalBlock(OneStep):
         if all(map(all, decisions)):
             return self._masked(_Batch(x, other, decisions, (), inplace))
         batch = _Batch(x, other, decisions, [positive for positive, _ in gates], inplace)
-        return self._compute(self._way(batch), batch)
+        return _WAYS[self._way(batch)](self, batch)
 
     # Ways for batches
 
@@ -713,28 +716,17 @@ class ConditionalBlock(OneStep):
                 yield "by group"
                 yield "sliced"
 
-    def _compute(self, way: str, batch: _Batch) -> Tensor:
-        """Compute a batch in one of the ways."""
-        if way == "masked":
-            return self._masked(batch)
-        if way == "by group":
-            return self._by_group(batch)
-        return self._by_image(self._sliced if way == "sliced" else self._gathered, batch)
-
     def _way(self, batch: _Batch) -> str:
         """The way that was measured to be the fastest, or a rule of thumb."""
         share = sum(map(sum, batch.decisions)) / len(batch.decisions) / len(batch.decisions[0])
         plan = self.plans.get(_size(batch.x))
         if plan is not None:
             return next((way for limit, way in plan if share <= limit), "masked")
-        ways = self._ways
-        if share > _WORTH_IT or "gathered" not in ways:
+        if share > _WORTH_IT or "gathered" not in self._ways:
             return "masked"
         if not batch.x.is_cpu and len(batch.x) > 1:
-            return "by group" if "by group" in ways else "masked"
-        # A convolution between two layers of gates is cut twice, which pays where it has few parts.
-        few = all(layer.bundle_sizes[1] >= len(layer.outputs or ()) for layer in self._layers[1:])
-        return "sliced" if "sliced" in ways and few else "gathered"
+            return "by group" if "by group" in self._ways else "masked"
+        return self._by_default
 
     def _masked(self, batch: _Batch) -> Tensor:
         """All channels; closed ones are set to zero."""
@@ -859,15 +851,8 @@ class ConditionalBlock(OneStep):
         made = []
         for k, (layer, now) in enumerate(zip(self._layers[:-1], opened, strict=True)):
             after = bundles(now.gates, layer.bundle_sizes[1])
-            made.append(
-                [
-                    (
-                        part(k, None if k == 0 else before[0], outputs)[1],
-                        [part(k, inputs, outputs)[0] for inputs in before],
-                    )
-                    for outputs in after
-                ]
-            )
+            of_outputs = [[part(k, inputs, outputs) for inputs in before] for outputs in after]
+            made.append([(parts[0][1], [weight for weight, _ in parts]) for parts in of_outputs])
             before = after
         return _Program(made, [part(len(made), inputs, None)[0] for inputs in before])
 
@@ -888,6 +873,14 @@ class ConditionalBlock(OneStep):
         y = other.add_(bias) if inplace else other + bias
         return y.relu_() if self._relu else y
 
+
+_WAYS: Mapping[str, Callable[[ConditionalBlock, _Batch], Tensor]] = {
+    "masked": ConditionalBlock._masked,
+    "gathered": lambda block, batch: block._by_image(block._gathered, batch),
+    "sliced": lambda block, batch: block._by_image(block._sliced, batch),
+    "by group": ConditionalBlock._by_group,
+}
+"""The ways to compute a batch, by their names."""
 
 _WORTH_IT = 0.85
 """Above this share of open gates, computing all channels is faster."""
