@@ -18,7 +18,7 @@ from rich.table import Table
 
 from batchshaping.cli.command import app
 from batchshaping.cli.errors import extras, fail
-from batchshaping.cli.output import FILES, LARGEST_SEED, prepare, progress_bar, write
+from batchshaping.cli.output import FILES, LARGEST_SEED, OutputFolder, prepare, progress_bar, write
 from batchshaping.cli.runs import refused
 from batchshaping.storage.files import quoted
 from batchshaping.training.networks import Network, network_settings
@@ -131,15 +131,7 @@ def inference(
             rich_help_panel=_HOW,
         ),
     ] = False,
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER",
-            readable=False,
-            help="Where the files go; made if need be.",
-            rich_help_panel=FILES,
-        ),
-    ] = Path("outputs/bench"),
+    output: OutputFolder = Path("outputs/bench"),
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=FILES)
     ] = False,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import rich.box
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,6 +20,7 @@ from batchshaping.storage.files import created, replaced
 __all__ = [
     "FILES",
     "LARGEST_SEED",
+    "OutputFolder",
     "PARAMETERS",
     "START",
     "TRAINING",
@@ -41,6 +43,17 @@ TRAINING = "Training"
 
 FILES = "Files"
 """Heading of the options for files and folders."""
+
+OutputFolder = Annotated[
+    Path,
+    typer.Option(
+        metavar="FOLDER",
+        readable=False,
+        help="Where the files go; made if need be.",
+        rich_help_panel=FILES,
+    ),
+]
+"""The option for the folder of what a command writes."""
 
 LARGEST_SEED = 2**32 - 1
 """The largest seed that a command takes."""

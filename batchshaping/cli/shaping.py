@@ -23,6 +23,7 @@ from batchshaping.cli.output import (
     PARAMETERS,
     START,
     TRAINING,
+    OutputFolder,
     prepare,
     progress_bar,
     write,
@@ -115,15 +116,7 @@ def fit(
     learning_rate: Annotated[
         float, typer.Option(help="Learning rate of Adam on the logits.", rich_help_panel=TRAINING)
     ] = 0.1,
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER",
-            readable=False,
-            help="Where the files go; made if need be.",
-            rich_help_panel=FILES,
-        ),
-    ] = Path("outputs/fit"),
+    output: OutputFolder = Path("outputs/fit"),
     animation: Annotated[
         bool,
         typer.Option("--animation/--no-animation", help="Whether to draw fit.gif.", rich_help_panel=FILES),
