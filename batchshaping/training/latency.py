@@ -33,10 +33,11 @@ from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.gate import gate_decisions
 from batchshaping.gates.inference import conditional_inference
+from batchshaping.storage.files import write_json
 from batchshaping.training.config import read_whole_config
-from batchshaping.training.run import CONFIG, RESULT, RunError, load_run
+from batchshaping.training.folder import CONFIG, RESULT, RunError
+from batchshaping.training.run import load_run
 from batchshaping.training.threads import suitable_threads, using_threads
-from batchshaping.training.trainer import write_json
 
 __all__ = [
     "LATENCY",

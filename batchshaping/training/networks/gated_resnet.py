@@ -42,8 +42,6 @@ class GatedResNet(Network):
     """Stride of the first convolution of a ResNet for small images."""
     pretrained: bool = False
     """Whether a ResNet for large images starts from torchvision's weights."""
-    gated: bool = True
-    """Whether the network has gates."""
     hidden: Count = 16
     """Width of the hidden layer in each gate."""
     gates_per_layer: Count | None = None

@@ -32,6 +32,8 @@ class Network(Section):
 
     name: str = Field(alias="network")
     """Name of the network."""
+    gated: bool = True
+    """Whether the network has gates."""
 
     @property
     def without_effect(self) -> tuple[str, ...]:
