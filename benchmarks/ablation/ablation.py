@@ -86,17 +86,17 @@ def run(name: str, config: RunConfig, folder: Path) -> str:
     if config.seed != SEEDS[0]:
         result["least"] = result["most"] = []
     with replaced(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps(_rounded(result), separators=(",", ":")) + "\n")
+        partial.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
     return f"{name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """With five digits, which is what a figure shows."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def by_arm(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

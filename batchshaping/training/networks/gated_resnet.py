@@ -65,6 +65,10 @@ class GatedResNet(Network):
             parts += [f"width {self.width}", *[f"stem stride {self.stem_stride}"] * (self.stem_stride > 1)]
         return ", ".join([*parts, "ungated"])
 
+    def recipe(self, budget: float) -> dict[str, Any]:
+        # Groups of channels save time, not only multiply-adds.
+        return {**super().recipe(budget), "gates_per_layer": 8, "gate_learning_rate": 0.05, "learning_rate": 0.05}
+
     @property
     def library_weights(self) -> str | None:
         return f"torchvision:{self.name}" if self.pretrained else None

@@ -86,6 +86,14 @@ class Network(Section):
     def reference(self) -> str:
         """Name of the network of whose multiply-adds shares are taken, the same without gates."""
 
+    def recipe(self, budget: float) -> dict[str, Any]:
+        """Settings with which gates are added to a trained network of this family.
+
+        Args:
+            budget: share of the multiply-adds that an image may cost, on average.
+        """
+        return {"gated": True}
+
     # What measurements of inference need to know
 
     def inference_copies(self, network: nn.Module, example: Tensor | None = None) -> dict[str, nn.Module]:
