@@ -1,9 +1,9 @@
 r"""The cheapest threshold of the gates that keeps a promise about accuracy: Learn then Test.
 
-What a shift of the threshold loses against all gates open is, for an image,
+What a shift of the threshold loses against a reference, such as all gates open, is, for an image,
 
 .. math::
-    D = 1[\text{right with all open}] - 1[\text{right at the shift}] \in \{-1, 0, 1\},
+    D = 1[\text{right at the reference}] - 1[\text{right at the shift}] \in \{-1, 0, 1\},
 
 and the promise is :math:`E[D] \le \alpha` on new images. It is kept by testing the hypothesis
 :math:`E[D] > \alpha` for one shift after the other, in an order that was fixed before the calibration images
@@ -60,7 +60,7 @@ from batchshaping.cdfs.betaincinv import betaincinv
 from batchshaping.gates.calibration import shift_as_json
 from batchshaping.gates.outcomes import Outcome, outcomes
 
-__all__ = ["SHIFTS", "Guarantee", "TestedShift", "guarantee", "p_value_of_loss"]
+__all__ = ["SHIFTS", "Guarantee", "TestedShift", "described_shift", "guarantee", "p_value_of_loss"]
 
 SHIFTS = tuple(step / 4 for step in range(-24, 25))
 """The shifts that are tested where none are given: from -6 to 6, which no data decided on."""
@@ -74,8 +74,8 @@ class TestedShift:
         shift: of the threshold.
         multiply_adds: on the calibration set, as a share of those without gates.
         accuracy: on the calibration set.
-        lost: how many images are right with all gates open, and wrong at this shift.
-        gained: how many are wrong with all gates open, and right at this shift.
+        lost: how many images are right at the reference, and wrong at this shift.
+        gained: how many are wrong at the reference, and right at this shift.
         p_value: of the hypothesis that it loses more than was promised.
     """
 
@@ -93,10 +93,10 @@ class Guarantee:
 
     Attributes:
         accuracy_loss: the promise: at this shift the accuracy on new images is at most so much lower than
-            with all gates open.
+            at the reference.
         confidence: with this probability, over the choice of the calibration set, the promise holds.
         examples: how many examples that had.
-        all_open: the network with all gates open, whose shift is ``-math.inf``.
+        reference: what the loss is measured against, by default all gates open, whose shift is ``-math.inf``.
         tested: the shifts that were tested, in their order; all of them are certified but the last, where the
             sequence ended early.
     """
@@ -104,7 +104,7 @@ class Guarantee:
     accuracy_loss: float
     confidence: float
     examples: int
-    all_open: TestedShift
+    reference: TestedShift
     tested: tuple[TestedShift, ...]
 
     @property
@@ -114,8 +114,8 @@ class Guarantee:
 
     @property
     def chosen(self) -> TestedShift:
-        """The cheapest of them on the calibration set; all gates open if there are none."""
-        return min((self.all_open, *self.certified), key=lambda each: each.multiply_adds)
+        """The cheapest of them on the calibration set; the reference if there are none."""
+        return min((self.reference, *self.certified), key=lambda each: each.multiply_adds)
 
     @property
     def shift(self) -> float:
@@ -129,20 +129,21 @@ class Guarantee:
 
     @property
     def p_value(self) -> float:
-        """Of the hypothesis that this shift breaks the promise; 0 with all gates open, which lose nothing."""
+        """Of the hypothesis that this shift breaks the promise; 0 for the reference, which loses nothing."""
         return self.chosen.p_value
 
     def __str__(self) -> str:
         """What is promised, in a sentence."""
-        if self.chosen is self.all_open:
+        reference = described_shift(self.reference.shift)
+        if self.chosen is self.reference:
             return (
                 f"No shift could be certified to lose at most {self.accuracy_loss:.3g} of accuracy with "
-                f"confidence {self.confidence:.6g} by {self.examples:,} examples: all gates are open, at "
-                f"{self.multiply_adds:.1%} of the multiply-adds without gates."
+                f"confidence {self.confidence:.6g} by {self.examples:,} examples: what remains is the "
+                f"network {reference}, at {self.multiply_adds:.1%} of the multiply-adds without gates."
             )
         return (
             f"At shift {self.shift:.6g} the accuracy on new images is at most {self.accuracy_loss:.3g} lower "
-            f"than with all gates open, with confidence {self.confidence:.6g} (p = {self.p_value:.2g}, "
+            f"than {reference}, with confidence {self.confidence:.6g} (p = {self.p_value:.2g}, "
             f"{self.examples:,} examples), at {self.multiply_adds:.1%} of the multiply-adds without gates."
         )
 
@@ -150,7 +151,7 @@ class Guarantee:
         """The same as JSON has it, in which infinite shifts are texts."""
         return {
             **asdict(self),
-            "all_open": _as_json(self.all_open),
+            "reference": _as_json(self.reference),
             "tested": [_as_json(each) for each in self.tested],
         }
 
@@ -158,7 +159,17 @@ class Guarantee:
     def from_dict(values: Mapping[str, Any]) -> Guarantee:
         """What :meth:`to_dict` was asked of."""
         tested = tuple(_from_json(each) for each in values["tested"])
-        return Guarantee(**{**values, "all_open": _from_json(values["all_open"]), "tested": tested})
+        return Guarantee(**{**values, "reference": _from_json(values["reference"]), "tested": tested})
+
+
+def described_shift(shift: float) -> str:
+    """A shift in words, to stand after what is said of it.
+
+    Example:
+        >>> described_shift(-math.inf), described_shift(0.0), described_shift(1.5)
+        ('with all gates open', 'as trained', 'at shift 1.5')
+    """
+    return {-math.inf: "with all gates open", 0.0: "as trained"}.get(shift, f"at shift {shift:.6g}")
 
 
 def _as_json(tested: TestedShift) -> dict[str, Any]:
@@ -175,15 +186,17 @@ def guarantee(
     accuracy_loss: float = 0.01,
     confidence: float = 0.95,
     shifts: Sequence[float] = SHIFTS,
+    *,
+    against: float = -math.inf,
 ) -> Guarantee:
     r"""The cheapest shift of the gates' threshold that loses at most so much accuracy, with a promise.
 
     .. math::
-        P\left( \text{accuracy}(-\infty) - \text{accuracy}(s) \le \alpha \right) \ge 1 - \delta
+        P\left( \text{accuracy}(r) - \text{accuracy}(s) \le \alpha \right) \ge 1 - \delta
 
-    on new images, over the choice of the calibration set. Shifts are tested in their order, from the most
-    expensive one, until one fails (Learn then Test, with a fixed sequence). The documentation of the module
-    has the test, and why it is valid.
+    on new images, over the choice of the calibration set, with r all gates open or another shift. Shifts are
+    tested in their order, from the most expensive one, until one fails (Learn then Test, with a fixed
+    sequence). The documentation of the module has the test, and why it is valid.
 
     Three things make the promise: the images are drawn independently, from where the new ones come from; the
     network was not trained on them, nor chosen by them; and neither were the shifts. So these are a fixed
@@ -198,11 +211,13 @@ def guarantee(
             must be below the bound by about two of its standard errors.
         accuracy_loss: :math:`\alpha`, the most that may be lost, in (0, 1).
         confidence: :math:`1 - \delta`, in (0, 1).
-        shifts: what is tested, ascending. That there are more of them does not weaken the test.
+        shifts: what is tested, ascending; those above the reference. More of them do not weaken the test.
+        against: the shift r of the reference: ``-math.inf`` for all gates open, 0 for the network as it was
+            trained. Where gates were trained from the start, all of them open may well be less accurate.
 
     Returns:
-        The shift, what it costs, and all that was tested. Where no shift could be certified, the shift is
-        ``-math.inf``, all gates open.
+        The shift, what it costs, and all that was tested. Where no shift could be certified, it is that of
+        the reference.
 
     Raises:
         ValueError: if a number is out of its range, the shifts are not ascending, or there are no labels or
@@ -225,36 +240,41 @@ def guarantee(
     for name, value in (("accuracy_loss", accuracy_loss), ("confidence", confidence)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must be in (0, 1), received {value}")
+    if math.isnan(against):
+        raise ValueError(f"against must be a shift, received {against}")
     shifts = [float(shift) for shift in shifts]
     if not shifts or not all(low < high for low, high in itertools.pairwise(shifts)):
         raise ValueError(f"shifts must be ascending numbers, one at least, received {shifts}")
-    examples, all_open = 0, None
+    shifts = [shift for shift in shifts if shift > against]
+    if not shifts:
+        raise ValueError(f"shifts must have one above that of the reference, {against}, received none")
+    examples, reference = 0, None
     tested: list[TestedShift] = []
-    for reference, outcome, shift in _in_order(model, loader, shifts):
-        examples = len(reference.shares)
-        if all_open is None:
-            all_open = TestedShift(-math.inf, *_cost_and_accuracy(reference), 0, 0, 0.0)
-        before, after = _zeros_and_ones(reference), _zeros_and_ones(outcome)
+    for expected, outcome, shift in _in_order(model, loader, shifts, against):
+        examples = len(expected.shares)
+        if reference is None:
+            reference = TestedShift(float(against), *_cost_and_accuracy(expected), 0, 0, 0.0)
+        before, after = _zeros_and_ones(expected), _zeros_and_ones(outcome)
         lost, gained = int((before > after).sum()), int((before < after).sum())
         p_value = p_value_of_loss(lost, gained, examples, accuracy_loss, level=1 - confidence)
         tested.append(TestedShift(shift, *_cost_and_accuracy(outcome), lost, gained, p_value))
         if p_value > 1 - confidence:
             break
-    assert all_open is not None
-    return Guarantee(accuracy_loss, confidence, examples, all_open, tuple(tested))
+    assert reference is not None
+    return Guarantee(accuracy_loss, confidence, examples, reference, tuple(tested))
 
 
 _AT_ONCE = 8
-"""How many shifts are run in one pass: each pass computes the network with all gates open once more."""
+"""How many shifts are run in one pass: each pass computes the reference once more."""
 
 
 def _in_order(
-    model: nn.Module, loader: Iterable[Any], shifts: Sequence[float]
+    model: nn.Module, loader: Iterable[Any], shifts: Sequence[float], against: float
 ) -> Iterator[tuple[Outcome, Outcome, float]]:
-    """For each shift what happens to the same images with all gates open, and at the shift."""
+    """For each shift what happens to the same images at the reference, and at the shift."""
     for first in range(0, len(shifts), _AT_ONCE):
         part = shifts[first : first + _AT_ONCE]
-        reference, *others = outcomes(model, loader, [-math.inf, *part])
+        reference, *others = outcomes(model, loader, [against, *part])
         yield from zip(itertools.repeat(reference), others, part, strict=False)
 
 

@@ -10,8 +10,8 @@ The file ``budgets.json`` in the folder of a run has
 ``test``           for each budget, and for all gates open (``all_open``), what the network does with the
                    test images
 ``guarantee``      of :func:`~batchshaping.gates.guarantee.guarantee`; null where none was asked for
-``promised_on``    which images the promise was made by, and what the network does at its shift, and with
-                   all gates open, with other ones (``test``)
+``promised_on``    which images the promise was made by, and what the network does at its shift, and at the
+                   reference, with other ones (``test``)
 ================== ==================================================================================
 
 Multiply-adds are shares of those of the network without gates.
@@ -56,18 +56,20 @@ class _Part:
         name: which they are, for a reader.
         data: the data set.
         part: the name of the attribute of the data set that holds them.
-        which: those of them that are taken.
+        first: index of the first that is taken.
+        step: from one that is taken to the next.
     """
 
     name: str
     data: Data
     part: str
-    which: slice = slice(None)
+    first: int = 0
+    step: int = 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images = getattr(self.data, self.part)
-        indices = range(len(images))[self.which]
-        for batch in batches(images, _BATCH, sampler=indices):
+        taken = range(self.first, len(images), self.step)
+        for batch in batches(images, _BATCH, sampler=taken):
             yield self.data.normalize(batch[0]), batch[1]
 
 
@@ -77,6 +79,7 @@ def measure_budgets(
     *,
     accuracy_loss: float | None = None,
     confidence: float = 0.95,
+    against: float = -math.inf,
     **settings: Any,
 ) -> dict[str, Any]:
     """Run the trained network of a run at other budgets, and keep what came of it in the folder.
@@ -88,9 +91,10 @@ def measure_budgets(
     Args:
         output: the folder of the run.
         budgets: shares of the multiply-adds of the network without gates.
-        accuracy_loss: what the accuracy on new images may be lower than with all gates open; with none,
-            nothing is promised.
+        accuracy_loss: what the accuracy on new images may be lower than at the reference; with none, nothing
+            is promised.
         confidence: of the promise.
+        against: the shift of the reference: by default all gates open; 0 for the network as trained.
         settings: replace those of the run, such as ``data_folder``.
 
     Returns:
@@ -120,11 +124,11 @@ def measure_budgets(
         if accuracy_loss is not None:
             by, others = validation, test
             if not kept_apart:
-                by = _Part("every second of the test images", data, "test", slice(0, None, 2))
-                others = _Part("the other test images", data, "test", slice(1, None, 2))
-            promise = guarantee(network, by, accuracy_loss, confidence)
-            names = ("all_open", "at_shift")
-            checked = zip(names, outcomes(network, others, [-math.inf, promise.shift]), strict=True)
+                by = _Part("every second of the test images", data, "test", step=2)
+                others = _Part("the other test images", data, "test", first=1, step=2)
+            promise = guarantee(network, by, accuracy_loss, confidence, against=against)
+            names = ("reference", "at_shift")
+            checked = zip(names, outcomes(network, others, [against, promise.shift]), strict=True)
             promised_on = {
                 "images": by.name,
                 "test": {"images": others.name, **{name: _summary(each) for name, each in checked}},

@@ -37,9 +37,9 @@ class Switch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         decided = self.gate(self.logits(x[:, :1]))
         self.fixed(x[:, :1]), self.switched(x[:, :1].expand(-1, 4))
-        closed, opened = (
-            x[:, 1:].unbind(dim=1) if x.shape[1] > 1 else (torch.zeros(len(x)), torch.ones(len(x)))
-        )
+        if x.shape[1] == 1:
+            x = torch.stack([x[:, 0], torch.zeros(len(x)), torch.ones(len(x))], dim=1)
+        closed, opened = x[:, 1:].unbind(dim=1)
         chosen = torch.where(decided[:, 0] > 0, opened, closed).long()
         return nn.functional.one_hot(chosen, 2).float()
 

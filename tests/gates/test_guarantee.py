@@ -209,7 +209,7 @@ def test_the_sequence_ends_at_the_first_failure_and_the_cheapest_certified_shift
     assert found.certified == found.tested[:2] and found.shift == 1.0 and found.p_value < 0.05
     assert found.multiply_adds == pytest.approx(1 - 0.8 * 0.4) == found.tested[1].multiply_adds
     assert (found.tested[1].lost, found.tested[1].gained) == (160, 0)
-    assert found.all_open.accuracy - found.tested[1].accuracy == pytest.approx(0.004)
+    assert found.reference.accuracy - found.tested[1].accuracy == pytest.approx(0.004)
     assert "at most 0.02 lower than with all gates open, with confidence 0.95" in str(found)
     assert "at 68.0% of the multiply-adds" in str(found)
 
@@ -238,6 +238,18 @@ def test_without_a_certified_shift_all_gates_are_open_and_it_says_so() -> None:
     assert str(found).startswith("No shift could be certified to lose at most 0.01")
 
 
+def test_the_loss_may_be_measured_against_the_network_as_trained() -> None:
+    """With all gates open it is less accurate here, so that against those nothing is lost."""
+    x, labels = population([0.0, 0.002, 0.06], [0.1, 0.0, 0.0])
+    shifts = [-1.0, 0.0, 1.0, 2.0]
+    against_all_open = guarantee(Switch(), [(x, labels)], ALPHA, 0.95, shifts)
+    assert against_all_open.shift == 2.0
+    found = guarantee(Switch(), [(x, labels)], ALPHA, 0.95, shifts, against=0.0)
+    assert [each.shift for each in found.tested] == [1.0, 2.0] and found.shift == 1.0
+    assert (found.reference.shift, found.tested[0].lost, found.tested[0].gained) == (0.0, 80, 0)
+    assert "at most 0.02 lower than as trained" in str(found)
+
+
 def test_a_guarantee_is_kept_as_json() -> None:
     x, labels = population([0.002, 0.1], [0.0, 0.0])
     for bound in (0.02, 0.0001):
@@ -255,6 +267,8 @@ def test_a_guarantee_is_kept_as_json() -> None:
         ({"shifts": []}, "ascending numbers"),
         ({"loader": [torch.zeros(4, 3)]}, "images with their labels, received images alone"),
         ({"loader": []}, "at least one image"),
+        ({"against": math.nan}, "against must be a shift, received nan"),
+        ({"against": 6.0}, "one above that of the reference, 6.0, received none"),
     ],
 )
 def test_what_cannot_be_promised_is_refused(arguments: dict[str, object], message: str) -> None:

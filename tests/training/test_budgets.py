@@ -1,4 +1,4 @@
-"""The trained network of a run at other budgets: which images decide, and a file that belongs to its result."""
+"""The trained network of a run at other budgets: which images decide, and a file of its result."""
 
 from __future__ import annotations
 
