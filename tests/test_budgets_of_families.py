@@ -123,6 +123,18 @@ def test_rules_have_budgets_too(gate: bs.Gate, x: Tensor) -> None:
     assert torch.equal(gate_decisions(network)[0], own)
 
 
+@pytest.mark.parametrize("family", ["a gate a channel", "gates for groups"])
+def test_an_exported_program_keeps_the_shift_that_it_was_made_with(family: str, x: Tensor) -> None:
+    fast = bs.conditional_inference(trained_a_little(FAMILIES[family], x))
+    with torch.no_grad():
+        for shift in (-torch.inf, 0.4):
+            with bs.gates_shifted(fast, shift):
+                program = torch.export.export(fast, (x[:1],), strict=False).module()
+                expected = fast(x[:1])
+            torch.testing.assert_close(program(x[:1]), expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(expected, fast(x[:1]), rtol=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accuracy_and_promise_are_those_of_the_data(family: str, x: Tensor) -> None:
     network = trained_a_little(FAMILIES[family], x)

@@ -92,19 +92,20 @@ def _promise(measured: Mapping[str, Any], dense: float) -> tuple[Point | None, s
     if measured["guarantee"] is None:
         return None, None
     promise, on = Guarantee.from_dict(measured["guarantee"]), measured["promised_on"]
-    lost, confidence = (f"{100 * number(share):.3g}" for share in (promise.accuracy_loss, promise.confidence))
+    percents = [f"{100 * number(share):.3g}" for share in (promise.accuracy_loss, promise.confidence)]
+    lost, confidence = f"{percents[0]} point{'s' * (percents[0] != '1')}", percents[1]
     reference = described_shift(promise.reference.shift)
     images = f"{number(promise.examples):,} images ({shortened(on['images'])})"
     if not promise.certified:
         return None, (
-            f"No shift could be certified to lose at most {lost} points of accuracy against the network "
+            f"No shift could be certified to lose at most {lost} of accuracy against the network "
             f"{reference}, with confidence {confidence}%, by {images}."
         )
     test, before = on["test"]["at_shift"], on["test"]["reference"]
     point = _point("with the promise", promise.shift, test, dense)
     difference = points(number(test["accuracy"]) - number(before["accuracy"]))
     return point, (
-        f"With confidence {confidence}%, the accuracy on new images is at most {lost} points lower at shift "
+        f"With confidence {confidence}%, the accuracy on new images is at most {lost} lower at shift "
         f"{point.shift} than {reference}: certified by {images}. On {number(test['examples']):,} "
         f"others ({shortened(on['test']['images'])}) the difference is {difference} points, at "
         f"{percent(number(test['multiply_adds']))} of the multiply-adds."
