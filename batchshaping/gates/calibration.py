@@ -115,8 +115,8 @@ def calibrate(
         model: a network with gates or its inference copy, in any mode; it stays as it is.
         loader: what is calibrated on, gone through several times: batches of images, or of images and labels,
             as a ``DataLoader`` gives them, without random augmentation.
-        budgets: shares of the ungated network's multiply-adds. One that all gates open do not exceed gets
-            ``-math.inf``.
+        budgets: shares of the ungated network's multiply-adds. One that is not exceeded with all
+            gates open gets the shift ``-math.inf``.
         tolerance: how far below a budget the cost may be for the search to end.
 
     Returns:
@@ -127,7 +127,7 @@ def calibrate(
             or no images; or if the cost is not a number.
 
     References:
-        Zhu et al., Fast yet Safe: Early-Exiting with Risk Control, 2024, https://arxiv.org/abs/2405.20915,
+        Jazbec et al., Fast yet Safe: Early-Exiting with Risk Control, 2024, https://arxiv.org/abs/2405.20915,
         on thresholds as budgets of early exits.
 
     Example:
@@ -170,7 +170,6 @@ def calibrate(
 
 _PASSES = 24
 """Passes over the calibration set for a budget; five to ten are usual."""
-
 
 _ROUNDING = 1e-7
 """What the multiply-adds of an example are off by, relative to them, in single precision."""
