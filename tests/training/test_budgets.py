@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import batchshaping as bs
 from batchshaping.gates.calibration import Calibration
 from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.guarantee import Guarantee
+from batchshaping.training import budgets
 from batchshaping.training.budgets import BUDGETS, measure_budgets, read_budgets
 from batchshaping.training.config import RunConfig
+from batchshaping.training.data.dataset import fewer
 from batchshaping.training.run import RunError, load_run, train
 
 
@@ -57,12 +60,15 @@ def test_a_promise_is_made_and_checked_on_images_apart(finished: Path) -> None:
     assert measured["calibration"] is None and measured["test"]["points"] == []
 
 
-def test_where_there_are_validation_images_they_decide(tmp_path: Path) -> None:
-    pytest.importorskip("timm")
-    settings = {"network": "msvit-mini", "data": "canvases", "train_images": 64, "batch_size": 32}
-    train(RunConfig(epochs=1, logger="none", accelerator="cpu", **settings), tmp_path / "run")
-    measured = measure_budgets(tmp_path / "run", [0.8], accuracy_loss=0.3)
+def test_where_there_are_validation_images_they_decide(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, data = load_run(finished)
+    kept_apart = replace(data, validation=fewer(data, 200).train)
+    monkeypatch.setattr(budgets, "load_run", lambda output: (network, kept_apart))
+    measured = measure_budgets(finished, [0.8], accuracy_loss=0.3)
     assert measured["calibrated_on"] == measured["promised_on"]["images"] == "validation images"
+    assert measured["calibration"]["examples"] == measured["guarantee"]["examples"] == 200
     assert measured["promised_on"]["test"]["images"] == "test images"
 
 
