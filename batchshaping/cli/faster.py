@@ -24,7 +24,9 @@ def faster(
     budget: Annotated[
         float,
         typer.Option(
-            metavar="SHARE", help="Share of its multiply-adds that an image may cost.", rich_help_panel=TRAINING
+            metavar="SHARE",
+            help="Share of the multiply-adds an image may cost.",
+            rich_help_panel=TRAINING,
         ),
     ] = 0.4,
     epochs: Annotated[
@@ -57,8 +59,7 @@ def faster(
         typer.Option(
             metavar="FOLDER",
             readable=False,
-            help="Folder of the faster network, made if it does not exist. If it holds a part of it, the rest "
-            "is made.",
+            help="Folder of the faster network, made if need be. If it holds a part of it, the rest is made.",
             rich_help_panel=FILES,
         ),
     ] = Path("outputs/faster"),

@@ -18,8 +18,7 @@ from typing import Any
 
 from batchshaping.storage.files import replaced
 from batchshaping.training.config import RunConfig, recorded_config
-from batchshaping.training.latency import measure_run
-from batchshaping.training.run import read_result, resume, train
+from batchshaping.training.run import resume, train
 from batchshaping.training.threads import using_threads
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -108,7 +107,9 @@ def main() -> None:
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     wanted = dict(runs())
-    missing = [] if arguments.summary else [n for n, c in wanted.items() if not finished(RESULTS / f"{n}.json", c)]
+    missing = (
+        [] if arguments.summary else [n for n, c in wanted.items() if not finished(RESULTS / f"{n}.json", c)]
+    )
     with using_threads(1):
         for name in missing:
             print(run(name, wanted[name]), flush=True)
