@@ -107,12 +107,10 @@ def main() -> None:
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     wanted = dict(runs())
-    missing = (
-        [] if arguments.summary else [n for n, c in wanted.items() if not finished(RESULTS / f"{n}.json", c)]
-    )
     with using_threads(1):
-        for name in missing:
-            print(run(name, wanted[name]), flush=True)
+        for name, config in wanted.items():
+            if not arguments.summary and not finished(RESULTS / f"{name}.json", config):
+                print(run(name, config), flush=True)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,8 @@ class GatedResNet(Network):
 
     def recipe(self, budget: float) -> dict[str, Any]:
         # Groups of channels save time, not only multiply-adds.
-        return {
-            **super().recipe(budget),
-            "gates_per_layer": 8,
-            "gate_learning_rate": 0.05,
-            "learning_rate": 0.05,
-        }
+        rates = {"learning_rate": 0.05, "gate_learning_rate": 0.05}
+        return {**super().recipe(budget), "gates_per_layer": 8, **rates}
 
     @property
     def library_weights(self) -> str | None:
