@@ -32,10 +32,10 @@ from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.gate import Gate
 from batchshaping.gates.guarantee import guarantee
 from batchshaping.gates.outcomes import Outcome, outcomes
-from batchshaping.training.config import read_whole_config
 from batchshaping.training.data import Data, batches
+from batchshaping.training.folder import RunError, read_run_config
 from batchshaping.training.measurements import Measurement
-from batchshaping.training.run import CONFIG, RunError, load_run
+from batchshaping.training.run import load_run
 from batchshaping.training.threads import suitable_threads, using_threads
 
 __all__ = ["BUDGETS", "measure_budgets", "read_budgets"]
@@ -113,7 +113,7 @@ def measure_budgets(
         raise RunError(
             f"{output}: expected a network with gates, whose budget can be chosen, received another"
         )
-    config = read_whole_config(output / CONFIG, **settings)
+    config = read_run_config(output, **settings)
     kept_apart = data.validation is not None and config.data.evaluate_on == "test"
     test = _Part("test images", data, "test")
     train = _Part("training images", data, "train", step=math.ceil(len(data.train) / _MOST_IMAGES))

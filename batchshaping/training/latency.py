@@ -31,9 +31,9 @@ from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.gate import gate_decisions
 from batchshaping.gates.inference import conditional_inference
-from batchshaping.training.config import read_whole_config
+from batchshaping.training.folder import read_run_config
 from batchshaping.training.measurements import Measurement
-from batchshaping.training.run import CONFIG, load_run
+from batchshaping.training.run import load_run
 from batchshaping.training.threads import suitable_threads, using_threads
 
 __all__ = [
@@ -160,7 +160,7 @@ def measure_run(
         DataError: if the data cannot be used.
     """
     network, data = load_run(output, **settings)
-    config = read_whole_config(output / CONFIG, **settings)
+    config = read_run_config(output, **settings)
     dense = config.network.ungated(len(data.classes), data.shape)
     networks = {"dense": dense_inference(dense)}
     chosen = torch.linspace(0, len(data.test) - 1, min(images, len(data.test))).long().tolist()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchshaping.training.run import RESULT, RunError
+from batchshaping.training.folder import RESULT, RunError
 from batchshaping.training.trainer import write_json
 
 __all__ = ["Measurement"]
