@@ -29,7 +29,7 @@ class CramerVonMises(ClosedFormStatistic):
         gradients: bool,
     ) -> Callable[[slice], Terms]:
         prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients)
-        evaluate = prepared.at_logits if logits else prepared
+        evaluate = prepared.at_logits if logits else prepared.within(samples.extent)
 
         def terms(tile: slice) -> Terms:
             at = evaluate(samples.values[..., tile])

@@ -205,7 +205,7 @@ class ClosedFormStatistic(ClosedForm, Statistic):
         x, samples = batch.values, Samples(batch, options.ties)
         by_array = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
         terms_of = self.closed_form(prior, by_array, samples, options.logits, needs.parameters)
-        gradient = x.new_empty(x.shape if needs.values else 0)
+        gradient = torch.empty_like(x) if needs.values else x.new_empty(0)
         sums: list[Tensor] = []
         for tile in samples.tiles():
             terms = terms_of(tile)
