@@ -202,9 +202,9 @@ def _shortened(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As few steps of the fraction of one pair of parameters as reach a relative accuracy up to the end.
 
-    The rest of the fraction is replaced by a secant, since it is all but straight. That takes the place of two
-    steps or three. What is left of the secant's error in the value of the fraction grows with a power of y, so
-    that it is smallest where both points of the secant are near the end.
+    The rest of the fraction is replaced by a secant, since it is all but straight. That takes the place of
+    two steps or three. What is left of the secant's error in the value of the fraction grows with a power of
+    y, so that it is smallest where both points of the secant are near the end.
     """
     first, second = 0.8, 0.98
     # Points that crowd at the end, next to which the fraction may have its singularity.

@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Extent", "OrderStatistics", "order_and_extent", "order_statistics", "ranks"]
+__all__ = ["Extent", "FEW", "OrderStatistics", "order_and_extent", "order_statistics", "ranks"]
 
 Extent = tuple[float, float]
 """The least and the greatest of some values."""
+
+FEW = 2**15
+"""Up to so many values on the CPU, the time is that of the calls: NumPy's take less than torch's, which uses
+all cores for more."""
 
 
 class OrderStatistics(NamedTuple):
@@ -57,11 +61,11 @@ def _sort_float32(x: Tensor) -> tuple[OrderStatistics, Extent] | None:
     n = x.shape[-1]
     if n > _INDEX_BITS:
         return None
-    floats = (x if x.numel() <= _FEW else x.contiguous()).numpy()
-    # Positive numbers have the order of their bits, which no warning has to be turned off to compare.
+    floats = (x if x.numel() <= FEW else x.contiguous()).numpy()
+    # Positive numbers have the order of their bits, and to compare those gives no warning of NaN.
     bits = floats.view(np.int32)
     lowest, highest = bits.min(), bits.max()
-    if 0 < lowest and highest < _INFINITY:
+    if lowest >= _SMALLEST_NORMAL and highest < _INFINITY:
         extent = float(lowest.view(np.float32)), float(highest.view(np.float32))
         return _sort_keys(floats.astype(np.float64, order="C"), negative=False), extent
     # Numbers that round to infinity, and comparisons with NaN, are intended here.
@@ -69,9 +73,9 @@ def _sort_float32(x: Tensor) -> tuple[OrderStatistics, Extent] | None:
         least, greatest = float(floats.min()), float(floats.max())
         if math.isnan(least):
             return None
-        # An infinity has no free bits, so a finite number takes its place that rounds to infinity. A zero with
-        # an index in its bits would be subnormal, and 0 on a processor that flushes subnormal numbers, so a
-        # normal number takes its place that rounds to 0. All other values stay the same.
+        # An infinity has no free bits, so a finite number takes its place that rounds to infinity. A zero
+        # with an index in its bits would be subnormal, and 0 on a processor that flushes subnormal numbers,
+        # so a normal number takes its place that rounds to 0. All other values stay the same.
         keys = floats.astype(np.float64, order="C")
         np.clip(keys, -_ROUNDS_TO_INFINITY, _ROUNDS_TO_INFINITY, out=keys)
         keys += _ROUNDS_TO_ZERO
@@ -79,8 +83,8 @@ def _sort_float32(x: Tensor) -> tuple[OrderStatistics, Extent] | None:
 
 
 def _sort_keys(keys: Any, negative: bool) -> OrderStatistics:
-    """Sort float64 numbers by themselves and then by their index, which takes the place of their last bits."""
-    n, few = keys.shape[-1], keys.size <= _FEW
+    """Sort float64 numbers that have room for their index in the last bits, by themselves and then by it."""
+    n, few = keys.shape[-1], keys.size <= FEW
     bits: Any = keys.view(np.int64) if few else torch.from_numpy(keys).view(torch.int64)
     bits |= np.arange(n) if few else torch.arange(n, device="cpu")
     # A negative number gets smaller with the index, so its index is counted backwards.
@@ -106,12 +110,10 @@ def _sort_float64(x: Tensor) -> tuple[OrderStatistics, Extent] | None:
 
 # A float32 leaves 29 bits of a float64 free; an index of 28 bits is rounded off.
 _INDEX_BITS = 2**28 - 1
-_INFINITY = 0x7F800000
+# The bits of two float32.
+_SMALLEST_NORMAL, _INFINITY = 0x00800000, 0x7F800000
 _ROUNDS_TO_INFINITY = 2.0**1000
 _ROUNDS_TO_ZERO = 2.0**-1000
-# The bits of more values are set by torch, which uses all cores; those of so few by NumPy, whose calls take less
-# time.
-_FEW = 2**15
 _CPU_SORTS = {torch.float32: _sort_float32, torch.float64: _sort_float64}
 
 
