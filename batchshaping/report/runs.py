@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from batchshaping.report.budgets import Budgets, read_budgets
 from batchshaping.report.checked import OutOfRangeError, number
 from batchshaping.report.families import family_of
 from batchshaping.report.family import Family, View
@@ -47,6 +48,7 @@ class Run:
         reference: what it is compared with.
         epochs: number, accuracy and multiply-adds of each epoch that was evaluated.
         latency: how long its images take, if that was measured.
+        budgets: what its network does at other budgets, if that was measured.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Run:
     reference: Reference
     epochs: list[dict[str, float]]
     latency: Latency | None
+    budgets: Budgets | None
 
     @property
     def share(self) -> float:
@@ -195,6 +198,7 @@ def _run(name: str, result: Mapping[str, Any]) -> Run:
             for epoch in result["history"]
         ],
         latency=read_latency(result),
+        budgets=read_budgets(result),
     )
 
 
