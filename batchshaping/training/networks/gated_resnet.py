@@ -67,8 +67,16 @@ class GatedResNet(Network):
 
     def recipe(self, budget: float) -> dict[str, Any]:
         # Groups of channels save time, not only multiply-adds.
-        rates = {"learning_rate": 0.05, "gate_learning_rate": 0.05}
-        return {**super().recipe(budget), "gates_per_layer": 8, **rates}
+        return {
+            **super().recipe(budget),
+            "gates_per_layer": 8,
+            "learning_rate": 0.05,
+            "gate_learning_rate": 0.05,
+            # Early, since the network is trained; stronger, since the teacher holds against it.
+            "penalty": 10.0,
+            "penalty_begin": 0.1,
+            "penalty_end": 0.5,
+        }
 
     @property
     def library_weights(self) -> str | None:
