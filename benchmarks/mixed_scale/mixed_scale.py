@@ -149,7 +149,7 @@ def finished(path: Path, config: RunConfig) -> bool:
     """Whether there is a result of this very configuration, wherever its start lay."""
     if not path.exists():
         return False
-    start = {"start": None, "start_sha256": None}
+    start = {"start": None, "start_sha256": None, "teacher_sha256": None}
     return recorded_config({**json.loads(path.read_text())["config"], **start}) == config
 
 
