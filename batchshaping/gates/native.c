@@ -1,0 +1,481 @@
+/* Convolutions of the open channels of gated residual blocks, for the CPU.
+
+   Channels are in blocks of 16. A convolution reads the open blocks of its input and computes the open blocks
+   of its output, and is not even asked about the others:
+
+       y[o] = act(bias[o] + sum over open blocks i and places t of  w[o][i][t] * x[i] shifted by t  + other[o])
+
+   The innermost loops multiply a few pixels (segments of 7 neighbours in a row) by one row of weights (16
+   output channels) and keep all sums in registers. Pixels may be any distance apart in memory, so that images
+   are read and written in the order of channels_last, and in blocks, [block][row][column][16], with a border of
+   zeros, between two convolutions.
+
+   Work is cut into tasks that threads take from a counter. A phase begins when all tasks of the one before are
+   done, whoever did them: so any number of threads may come, and late ones are not waited for.
+
+   Strides and offsets are numbers of floats. */
+
+#include <sched.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define BLOCK 16
+#define SEGMENT 7
+#define MOST_LAYERS 8
+/* How many segments, and vectors of output channels, are computed together: as many sums as fit into registers. */
+#if LANES == 16
+#define SEGMENTS_OF_ONE 4
+#define SEGMENTS_OF_TWO 2
+#else
+#define SEGMENTS_OF_ONE 2
+#endif
+
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t mask __attribute__((vector_size(4 * LANES)));
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+/* The compiler may not know this value, so that it cannot replace one address by a register for each sum of two. */
+#define OPAQUE(value) __asm__("" : "+r"(value))
+
+/* Images in memory. */
+typedef struct {
+    int64_t buffer; /* which */
+    int64_t start;  /* offset of the first pixel in it */
+    int64_t image, block, row, pixel;
+    int64_t channels;
+    int64_t padded_rows, padded_columns; /* of the border, above and left, below and right */
+} images;
+
+typedef struct {
+    const float *weight; /* [output block][input block][place][16 inputs][16 outputs] */
+    const float *bias;
+    const int64_t *places; /* offset of each place of the kernel */
+    int64_t number_of_places;
+    images x, y;
+    int64_t in_blocks, out_blocks;
+    int64_t rows, columns;         /* of the output */
+    int64_t in_gates, out_gates;   /* which gates switch the input's and the output's channels, or -1 */
+    int64_t other;                 /* which buffer is added, in the order of the output, or -1 */
+    int64_t relu;
+} convolution;
+
+/* Gates of one layer: what they switch. */
+typedef struct {
+    int64_t blocks, gates;
+    const int32_t *of_channel; /* the gate of each channel, or -1 where it is always open */
+    int64_t whole_blocks;      /* whether the channels of a block always have the same gate */
+} switches;
+
+/* Which blocks are open, image by image. */
+typedef struct {
+    int32_t *count, *open; /* open: [image][blocks] */
+    float *mask;           /* [image][channels], or NULL if whole blocks are switched */
+} opened;
+
+static inline vector load(const float *p) { return *(const vector *)p; }
+static inline void store(float *p, vector v) { *(vector *)p = v; }
+
+/* Threads */
+
+typedef void (*task_function)(const void *what, int64_t task);
+typedef struct {
+    const void *what;
+    task_function run;
+    int64_t tasks;
+} phase;
+typedef struct {
+    const phase *phases;
+    int64_t number;
+    int64_t *taken, *done;
+} job;
+/* As GOMP_parallel of the OpenMP runtime that PyTorch has loaded. */
+typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+static void wait_a_little(int64_t waited) {
+    if (waited > 4096) sched_yield();
+#if defined(__x86_64__) || defined(__i386__)
+    else __builtin_ia32_pause();
+#endif
+}
+
+static void work(void *argument) {
+    const job *j = argument;
+    for (int64_t p = 0; p < j->number; p++) {
+        const phase *now = j->phases + p;
+        for (;;) {
+            int64_t task = __atomic_fetch_add(j->taken + p, 1, __ATOMIC_RELAXED);
+            if (task >= now->tasks) break;
+            now->run(now->what, task);
+            __atomic_fetch_add(j->done + p, 1, __ATOMIC_RELEASE);
+        }
+        for (int64_t waited = 0; __atomic_load_n(j->done + p, __ATOMIC_ACQUIRE) < now->tasks; waited++)
+            wait_a_little(waited);
+    }
+}
+
+static void run_phases(const phase *phases, int64_t number, parallel run, int64_t threads) {
+    int64_t counters[2][MOST_LAYERS] = {{0}};
+    job j = {phases, number, counters[0], counters[1]};
+    if (run && threads > 1) run(work, &j, (unsigned)threads, 0);
+    else work(&j);
+}
+
+/* A convolution */
+
+typedef struct {
+    const convolution *c;
+    const opened *in, *out; /* NULL where all blocks are open */
+    const int32_t *all;     /* 0, 1, 2 and so on */
+    const float *x, *other;
+    float *y;
+    int64_t number; /* of images */
+    int64_t parts, part; /* of an image, and segments in each */
+} convolving;
+
+/* One or a few segments of pixels, and one or two vectors of output channels. */
+typedef struct {
+    const float *x[4];
+    int64_t y[4];             /* offset of each segment's first pixel */
+    int first[4], end[4];     /* which pixels of a segment are to be written */
+    const float *weight[2];
+    int64_t channel[2], offset[2]; /* of each vector: its first channel, and where it is within a pixel */
+    const float *mask;
+    const int32_t *open;
+    int64_t number_of_open;
+} tile;
+
+ALWAYS_INLINE void compute(const int segments, const int vectors, const convolving *v, const tile *t) {
+    const convolution *c = v->c;
+    vector sums[4][SEGMENT][2];
+    UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++)
+        UNROLL for (int n = 0; n < vectors; n++) sums[s][p][n] = (vector){0};
+    int64_t one = (int64_t)sizeof(float) * c->x.pixel, three = 3 * one, five = 5 * one;
+    for (int64_t i = 0; i < t->number_of_open; i++) {
+        int64_t block = t->open[i];
+        const float *weight[2];
+        UNROLL for (int n = 0; n < vectors; n++)
+            weight[n] = t->weight[n] + block * c->number_of_places * BLOCK * BLOCK;
+        for (int64_t place = 0; place < c->number_of_places; place++) {
+            int64_t offset = block * c->x.block + c->places[place];
+            const char *x[4];
+            UNROLL for (int s = 0; s < segments; s++) x[s] = (const char *)(t->x[s] + offset);
+            UNROLL for (int k = 0; k < BLOCK; k++) {
+                UNROLL for (int s = 0; s < segments; s++) OPAQUE(x[s]);
+                OPAQUE(one);
+                OPAQUE(three);
+                OPAQUE(five);
+                vector row[2];
+                UNROLL for (int n = 0; n < vectors; n++) row[n] = load(weight[n] + k * BLOCK);
+                UNROLL for (int s = 0; s < segments; s++) {
+                    const char *pixel[SEGMENT] = {
+                        x[s], x[s] + one, x[s] + 2 * one, x[s] + three, x[s] + 4 * one, x[s] + five, x[s] + 2 * three};
+                    UNROLL for (int p = 0; p < SEGMENT; p++) {
+                        float value = ((const float *)pixel[p])[k];
+                        UNROLL for (int n = 0; n < vectors; n++) sums[s][p][n] += row[n] * value;
+                    }
+                }
+            }
+            UNROLL for (int n = 0; n < vectors; n++) weight[n] += BLOCK * BLOCK;
+        }
+    }
+    UNROLL for (int n = 0; n < vectors; n++) {
+        int64_t channel = t->channel[n];
+        vector bias = load(c->bias + channel);
+        int64_t valid = c->y.channels - channel;
+        UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++) {
+            if (p < t->first[s] || p >= t->end[s]) continue;
+            int64_t at = t->y[s] + p * c->y.pixel + t->offset[n];
+            vector sum = sums[s][p][n] + bias;
+            if (v->other) {
+                if (valid >= LANES) sum += load(v->other + at);
+                else for (int64_t k = 0; k < valid; k++) sum[k] += v->other[at + k];
+            }
+            /* What is no number stays none. */
+            if (c->relu) sum = (vector)((mask)sum & ~(sum < (vector){0}));
+            if (t->mask) sum *= load(t->mask + channel);
+            if (valid >= LANES) store(v->y + at, sum);
+            else for (int64_t k = 0; k < valid; k++) v->y[at + k] = sum[k];
+        }
+    }
+}
+
+#define KERNEL(segments, vectors) \
+    static __attribute__((noinline)) void compute_##segments##_##vectors(const convolving *v, const tile *t) { \
+        compute(segments, vectors, v, t); \
+    }
+KERNEL(1, 1) KERNEL(2, 1)
+#if LANES == 16
+KERNEL(3, 1) KERNEL(4, 1) KERNEL(1, 2) KERNEL(2, 2)
+#endif
+
+static void compute_tile(const convolving *v, const tile *t, int segments, int vectors) {
+#if LANES == 16
+    if (vectors == 2) (segments == 2 ? compute_2_2 : compute_1_2)(v, t);
+    else if (segments > 2) (segments == 4 ? compute_4_1 : compute_3_1)(v, t);
+    else
+#endif
+    (segments == 2 ? compute_2_1 : compute_1_1)(v, t);
+}
+
+/* Segments from one to another of some vectors of an image. */
+static void compute_segments(const convolving *v, tile *t, int64_t image, int64_t first, int64_t end, int vectors) {
+    const convolution *c = v->c;
+    int64_t in_row = (c->columns + SEGMENT - 1) / SEGMENT, row = first / in_row, segment = first % in_row;
+    int64_t most = SEGMENTS_OF_ONE;
+#if LANES == 16
+    if (vectors == 2) most = SEGMENTS_OF_TWO;
+#endif
+    while (first < end) {
+        int number = (int)(end - first < most ? end - first : most);
+        for (int s = 0; s < number; s++) {
+            int64_t column = segment * SEGMENT;
+            t->first[s] = 0, t->end[s] = SEGMENT;
+            if (column + SEGMENT > c->columns) { /* The last of a row begins earlier, or ends earlier. */
+                if (c->columns < SEGMENT) t->end[s] = (int)c->columns;
+                else t->first[s] = (int)(column + SEGMENT - c->columns), column = c->columns - SEGMENT;
+            }
+            t->x[s] = v->x + image * c->x.image + row * c->x.row + column * c->x.pixel;
+            t->y[s] = image * c->y.image + row * c->y.row + column * c->y.pixel;
+            if (++segment == in_row) segment = 0, row++;
+        }
+        compute_tile(v, t, number, vectors);
+        first += number;
+    }
+}
+
+/* The zeros around a block of an image. */
+static void clear_border(const convolving *v, int64_t image, int64_t block) {
+    const images *y = &v->c->y;
+    int64_t above = y->padded_rows, left = y->padded_columns;
+    if (!above && !left) return;
+    int64_t rows = v->c->rows, columns = v->c->columns, wide = columns + 2 * left;
+    float *start = v->y + image * y->image + block * y->block - above * y->row - left * BLOCK;
+    memset(start, 0, sizeof(float) * (size_t)(above * wide * BLOCK));
+    memset(start + (above + rows) * y->row, 0, sizeof(float) * (size_t)(above * wide * BLOCK));
+    for (int64_t row = above; row < above + rows; row++) {
+        memset(start + row * y->row, 0, sizeof(float) * (size_t)(left * BLOCK));
+        memset(start + row * y->row + (left + columns) * BLOCK, 0, sizeof(float) * (size_t)(left * BLOCK));
+    }
+}
+
+/* A part of the pixels of an image, and two neighbouring blocks of output channels as far as they are open.
+   Tasks that use the same weights come one after the other. */
+static void convolve_part(const void *what, int64_t task) {
+    const convolving *v = what;
+    const convolution *c = v->c;
+    int64_t part = task % v->parts, image = task / v->parts % v->number, pair = task / v->parts / v->number;
+    int64_t blocks[2];
+    int found = 0;
+    if (v->out) {
+        const int32_t *open = v->out->open + image * c->out_blocks;
+        for (int32_t k = 0; k < v->out->count[image]; k++)
+            if (open[k] / 2 == pair) blocks[found++] = open[k];
+    } else
+        for (int64_t block = 2 * pair; block < c->out_blocks && block < 2 * pair + 2; block++) blocks[found++] = block;
+    if (!found) return;
+    tile t;
+    t.open = v->in ? v->in->open + image * c->in_blocks : v->all;
+    t.number_of_open = v->in ? v->in->count[image] : c->in_blocks;
+    t.mask = v->out && v->out->mask ? v->out->mask + image * c->out_blocks * BLOCK : NULL;
+    int64_t in_row = (c->columns + SEGMENT - 1) / SEGMENT, segments = in_row * c->rows;
+    int64_t first = part * v->part, end = first + v->part < segments ? first + v->part : segments;
+    int together = LANES == 16 ? found : 1;
+    for (int k = 0; k < found; k += together)
+        for (int64_t lane = 0; lane < BLOCK; lane += LANES) {
+            for (int n = 0; n < together; n++) {
+                int64_t block = blocks[k + n];
+                t.weight[n] = c->weight + block * c->in_blocks * c->number_of_places * BLOCK * BLOCK + lane;
+                t.channel[n] = block * BLOCK + lane;
+                t.offset[n] = block * c->y.block + lane;
+            }
+            compute_segments(v, &t, image, first, end, together);
+        }
+    if (part == 0)
+        for (int k = 0; k < found; k++) clear_border(v, image, blocks[k]);
+}
+
+static void find_open(const switches *s, const float *positive, int64_t number, opened *o) {
+    for (int64_t n = 0; n < number; n++) {
+        o->count[n] = 0;
+        for (int64_t block = 0; block < s->blocks; block++) {
+            int any = 0;
+            for (int64_t k = 0; k < (s->whole_blocks ? 1 : BLOCK); k++) {
+                int32_t gate = s->of_channel[block * BLOCK + k];
+                int is_open = gate < 0 || positive[n * s->gates + gate] > 0;
+                any |= is_open;
+                if (o->mask) o->mask[(n * s->blocks + block) * BLOCK + k] = (float)is_open;
+            }
+            if (any) o->open[n * s->blocks + o->count[n]++] = (int32_t)block;
+        }
+    }
+}
+
+/* Convolutions one after the other, of some images. Each layer of gates has for each image and gate a value that is
+   positive where it is open. Gives whether it was done. */
+int convolve(const convolution *layers, int64_t number_of_layers, const switches *gates, int64_t number_of_gates,
+             const float *const *positive, float *const *buffers, int64_t number, parallel run, int64_t threads) {
+    opened lists[MOST_LAYERS];
+    convolving all[MOST_LAYERS];
+    phase phases[MOST_LAYERS];
+    if (number_of_layers > MOST_LAYERS || number_of_gates > MOST_LAYERS) return 0;
+    int64_t most = 0, size = 0;
+    for (int64_t l = 0; l < number_of_layers; l++)
+        if (layers[l].in_blocks > most) most = layers[l].in_blocks;
+    for (int64_t g = 0; g < number_of_gates; g++)
+        size += number * (1 + gates[g].blocks * (gates[g].whole_blocks ? 1 : 1 + BLOCK));
+    int32_t *memory = malloc(sizeof(int32_t) * (size_t)(size + most)), *rest = memory + most;
+    if (!memory) return 0;
+    for (int64_t block = 0; block < most; block++) memory[block] = (int32_t)block;
+    for (int64_t g = 0; g < number_of_gates; g++) {
+        lists[g] = (opened){rest, rest + number, NULL};
+        rest += number * (1 + gates[g].blocks);
+        if (!gates[g].whole_blocks) lists[g].mask = (float *)rest, rest += number * gates[g].blocks * BLOCK;
+        find_open(gates + g, positive[g], number, lists + g);
+    }
+    /* What is not read later is not computed. */
+    for (int64_t g = number_of_gates - 2; g >= 0; g--)
+        for (int64_t n = 0; n < number; n++)
+            if (!lists[g + 1].count[n]) lists[g].count[n] = 0;
+    for (int64_t l = 0; l < number_of_layers; l++) {
+        const convolution *c = layers + l;
+        int64_t segments = (c->columns + SEGMENT - 1) / SEGMENT * c->rows;
+        /* Small enough to be shared out, a multiple of what is computed together. */
+        int64_t part = (segments / 16 + 3) / 4 * 4;
+        if (part < 4) part = 4;
+        all[l] = (convolving){
+            .c = c,
+            .in = c->in_gates < 0 ? NULL : lists + c->in_gates,
+            .out = c->out_gates < 0 ? NULL : lists + c->out_gates,
+            .all = memory,
+            .x = buffers[c->x.buffer] + c->x.start,
+            .y = buffers[c->y.buffer] + c->y.start,
+            .other = c->other < 0 ? NULL : buffers[c->other],
+            .number = number,
+            .part = part,
+            .parts = (segments + part - 1) / part,
+        };
+        phases[l] = (phase){all + l, convolve_part, (c->out_blocks + 1) / 2 * number * all[l].parts};
+    }
+    run_phases(phases, number_of_layers, run, threads);
+    free(memory);
+    return 1;
+}
+
+/* Gates */
+
+/* Two layers that read the sums of each channel over the pixels; weights are [input][output]. */
+typedef struct {
+    int64_t hidden, gates;
+    const float *first_weight, *first_bias, *last_weight, *last_bias;
+} mlp;
+
+typedef struct {
+    const float *x;
+    images to; /* a copy in blocks, if it has a buffer that is not negative */
+    float *copy;
+    int64_t number, rows, columns, channels, part, parts;
+    float *sums; /* [image][part][channels, a multiple of a block] */
+    const mlp *gates;
+    int64_t number_of_gates;
+    float *const *logits;
+} preparing;
+
+/* Two blocks of channels of some rows of an image: their sums, and the copy. */
+static void prepare_part(const void *what, int64_t task) {
+    const preparing *v = what;
+    int64_t blocks = (v->channels + BLOCK - 1) / BLOCK, pairs = (blocks + 1) / 2;
+    int64_t pair = task % pairs, part = task / pairs % v->parts, image = task / pairs / v->parts;
+    int64_t first = part * v->part, end = first + v->part < v->rows ? first + v->part : v->rows;
+    int64_t above = v->to.padded_rows, left = v->to.padded_columns;
+    for (int64_t block = 2 * pair; block < blocks && block < 2 * pair + 2; block++) {
+        float total[BLOCK] = {0};
+        int64_t valid = v->channels - block * BLOCK;
+        if (valid > BLOCK) valid = BLOCK;
+        for (int64_t row = first; row < end; row++) {
+            const float *from = v->x + ((image * v->rows + row) * v->columns) * v->channels + block * BLOCK;
+            float *to = v->copy ? v->copy + v->to.start + image * v->to.image + block * v->to.block + row * v->to.row : NULL;
+            if (to && left) {
+                memset(to - left * BLOCK, 0, sizeof(float) * (size_t)(left * BLOCK));
+                memset(to + v->columns * BLOCK, 0, sizeof(float) * (size_t)(left * BLOCK));
+            }
+            if (valid == BLOCK) {
+                vector sums[BLOCK / LANES] = {{0}};
+                for (int64_t column = 0; column < v->columns; column++, from += v->channels)
+                    for (int n = 0; n < BLOCK / LANES; n++) {
+                        vector value = load(from + n * LANES);
+                        sums[n] += value;
+                        if (to) store(to + column * BLOCK + n * LANES, value);
+                    }
+                for (int k = 0; k < BLOCK; k++) total[k] += sums[k / LANES][k % LANES];
+            } else
+                for (int64_t k = 0; k < BLOCK; k++) {
+                    float sum = 0;
+                    for (int64_t column = 0; column < v->columns; column++) {
+                        float value = k < valid ? from[column * v->channels + k] : 0;
+                        sum += value;
+                        if (to) to[column * BLOCK + k] = value;
+                    }
+                    total[k] += sum;
+                }
+        }
+        memcpy(v->sums + ((image * v->parts + part) * blocks + block) * BLOCK, total, sizeof total);
+        if (v->copy && above) {
+            size_t size = sizeof(float) * (size_t)(above * v->to.row);
+            float *start = v->copy + v->to.start + image * v->to.image + block * v->to.block - left * BLOCK;
+            if (part == 0) memset(start - above * v->to.row, 0, size);
+            if (part == v->parts - 1) memset(start + v->rows * v->to.row, 0, size);
+        }
+    }
+}
+
+static void multiply(const float *x, int64_t inputs, const float *weight, const float *bias, float scale, float *y, int64_t outputs) {
+    for (int64_t k = 0; k < outputs; k++) y[k] = 0;
+    for (int64_t i = 0; i < inputs; i++)
+        for (int64_t k = 0; k < outputs; k++) y[k] += x[i] * weight[i * outputs + k];
+    for (int64_t k = 0; k < outputs; k++) y[k] = y[k] * scale + bias[k];
+}
+
+#define MOST_HIDDEN 256
+
+static void decide(const void *what, int64_t image) {
+    const preparing *v = what;
+    int64_t channels = (v->channels + BLOCK - 1) / BLOCK * BLOCK;
+    float *sums = v->sums + image * v->parts * channels;
+    for (int64_t part = 1; part < v->parts; part++)
+        for (int64_t k = 0; k < channels; k++) sums[k] += sums[part * channels + k];
+    for (int64_t g = 0; g < v->number_of_gates; g++) {
+        const mlp *m = v->gates + g;
+        float hidden[MOST_HIDDEN];
+        multiply(sums, v->channels, m->first_weight, m->first_bias, 1.0f / (float)(v->rows * v->columns), hidden, m->hidden);
+        for (int64_t k = 0; k < m->hidden; k++) hidden[k] = hidden[k] < 0 ? 0 : hidden[k];
+        multiply(hidden, m->hidden, m->last_weight, m->last_bias, 1, v->logits[g] + image * m->gates, m->gates);
+    }
+}
+
+/* The logits of gates for images in the order of channels_last, and a copy of the images in blocks if that is asked
+   for. sums: room for 8 numbers a channel, in whole blocks. Gives whether it was done. */
+int prepare(const float *x, int64_t number, int64_t rows, int64_t columns, int64_t channels, const images *to, float *copy,
+            float *sums, const mlp *gates, int64_t number_of_gates, float *const *logits, parallel run, int64_t threads) {
+    for (int64_t g = 0; g < number_of_gates; g++)
+        if (gates[g].hidden > MOST_HIDDEN) return 0;
+    int64_t part = (rows + 7) / 8, parts = rows ? (rows + part - 1) / part : 0;
+    preparing v = {x, *to, copy, number, rows, columns, channels, part, parts, sums, gates, number_of_gates, logits};
+    int64_t pairs = ((channels + BLOCK - 1) / BLOCK + 1) / 2;
+    phase phases[2] = {{&v, prepare_part, number * parts * pairs}, {&v, decide, number}};
+    run_phases(phases, 2, run, threads);
+    return 1;
+}

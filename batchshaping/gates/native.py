@@ -1,0 +1,541 @@
+r"""Residual blocks for inference in C, which compute the open channels only.
+
+Every call of an operation of PyTorch takes longer than a slice of a convolution with few channels, and each
+slice is less efficient than the whole. So ``native.c`` computes a residual block in two calls: one gives the
+logits of its gates, the other all of its convolutions. Channels are in blocks of 16, and a block that is closed is
+simply not in the list of what is computed.
+
+The file is compiled at its first use, in a second or three, by the C compiler of this machine (``CC``, else gcc,
+clang or cc), for its processor. The library is kept in the user's cache (``$XDG_CACHE_HOME/batchshaping``,
+else ``~/.cache/batchshaping``), which nobody else may write to, under a name that follows from the file, the
+compiler and the processor. Where there is no compiler, or with ``BATCHSHAPING_NATIVE=0`` in the environment,
+PyTorch computes instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchshaping.gates.packed import PackedConvolution
+
+__all__ = ["Block", "Gating", "Prepared", "can_compute", "library"]
+
+BLOCK = 16
+"""Channels in a block."""
+
+_SEGMENT = 7
+"""Pixels that are computed together."""
+
+_PARTS = 8
+"""In how many parts of an image sums are kept."""
+
+_MOST_HIDDEN = 256
+"""Of the gates' hidden layer."""
+
+
+# The library
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The compiled functions, or None where there are none.
+
+    The first call of a process loads them, or compiles them if no other process has done so before.
+    """
+    if os.environ.get("BATCHSHAPING_NATIVE") == "0" or os.name != "posix":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, _NotCompiled) as error:
+        if shutil.which("cc") or os.environ.get("CC"):
+            warnings.warn(f"inference is slower, since native code is missing: {error}", stacklevel=2)
+        return None
+
+
+class _NotCompiled(Exception):
+    """There is no library, and why."""
+
+
+def _compiled() -> Path:
+    """The library in the user's cache."""
+    source = Path(__file__).with_suffix(".c")
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC", "gcc"), "clang", "cc"])), None)
+    if compiler is None:
+        raise _NotCompiled("there is no C compiler")
+    made = os.stat(compiler)
+    parts = (source.read_bytes(), compiler, made.st_size, made.st_mtime_ns, _FLAGS, _processor())
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    path = _cache() / f"{name}.so"
+    if not path.exists():
+        _compile(compiler, source, path)
+    if not _is_ours(path):
+        raise _NotCompiled(f"{path} can be written to by others")
+    return path
+
+
+_FLAGS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-shared")
+
+
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    """Under another name first, so that a file is complete as soon as it has its name."""
+    said = ""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        # Not every compiler knows the processor.
+        for native in (["-march=native"], ["-mcpu=native"], []):
+            command = [compiler, *_FLAGS, *native, str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                made.chmod(0o700)
+                made.replace(path)
+                return
+            said = said or done.stderr.strip()
+    raise _NotCompiled(f"{compiler} failed: {said.splitlines()[0] if said else 'without a word'}")
+
+
+def _cache() -> Path:
+    """The folder of this package in the user's cache; nobody else can write to it."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(base) if base else Path.home() / ".cache") / "batchshaping"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise _NotCompiled(f"{folder} can be written to by others")
+    return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or folder belongs to this user, who alone can write to it."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _processor() -> str:
+    """What says which instructions there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))}))
+
+
+@lru_cache(maxsize=1)
+def _parallel() -> Any:
+    """What starts threads in the OpenMP runtime that PyTorch has loaded, or None where that is unknown.
+
+    A second runtime would have threads of its own, and those of the two would wait for each other's cores.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    loaded = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if line.count("/"))
+    names = ("libgomp", "libiomp5", "libomp")
+    found = [path for path in loaded if Path(path).name.startswith(names)]
+    # Its own before those that something else has loaded.
+    for path in sorted(found, key=lambda path: "torch" not in path):
+        function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p)
+    return None
+
+
+def can_compute(x: Tensor) -> bool:
+    """Whether native code can compute with a tensor, here and now."""
+    return (
+        type(x) is Tensor
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and x.numel() > 0
+        and torch._C._len_torch_dispatch_stack() == 0  # Those who count or trace operations would miss these.
+        and library() is not None
+        and (_parallel() is not None or torch.get_num_threads() == 1)
+    )
+
+
+# What it reads
+
+_Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Images(ctypes.Structure):
+    _fields_ = [
+        (name, _Number)
+        for name in (
+            *("buffer", "start", "image", "block", "row", "pixel", "channels"),
+            *("padded_rows", "padded_columns"),
+        )
+    ]
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = [
+        *((name, _Pointer) for name in ("weight", "bias", "places")),
+        ("number_of_places", _Number),
+        ("x", _Images),
+        ("y", _Images),
+        *(
+            (name, _Number)
+            for name in (
+                *("in_blocks", "out_blocks", "rows", "columns", "in_gates", "out_gates", "other", "relu"),
+            )
+        ),
+    ]
+
+
+class _Switches(ctypes.Structure):
+    _fields_ = [("blocks", _Number), ("gates", _Number), ("of_channel", _Pointer), ("whole_blocks", _Number)]
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = [
+        ("hidden", _Number),
+        ("gates", _Number),
+        *((name, _Pointer) for name in ("first_weight", "first_bias", "last_weight", "last_bias")),
+    ]
+
+
+class Gating(NamedTuple):
+    """The gates of a layer: two linear layers of the sums of the channels, with a ReLU between them.
+
+    Attributes:
+        sizes: how many channels each gate switches; one number more is that of channels without a gate.
+        first_weight: of shape (channels, hidden).
+        first_bias: of shape (hidden,).
+        last_weight: of shape (hidden, gates).
+        last_bias: of shape (gates,).
+    """
+
+    sizes: tuple[int, ...]
+    first_weight: Tensor
+    first_bias: Tensor
+    last_weight: Tensor
+    last_bias: Tensor
+
+
+class Prepared(NamedTuple):
+    """What a block knows of its input.
+
+    Attributes:
+        x: the images.
+        scratch: memory, in which they are in blocks if the block wants that.
+        logits: of each layer of gates, of shape (N, gates).
+    """
+
+    x: Tensor
+    scratch: Tensor
+    logits: list[Tensor]
+
+
+# A block
+
+
+class _Layout(NamedTuple):
+    """How images lie in a buffer: strides in numbers of floats."""
+
+    channels: int
+    height: int
+    width: int
+    padding: tuple[int, int] | None  # None: in the order of channels_last, without blocks
+
+    @property
+    def size(self) -> int:
+        """Floats of an image."""
+        if self.padding is None:
+            return self.channels * self.height * self.width
+        return _blocks(self.channels) * self.block
+
+    @property
+    def block(self) -> int:
+        """Floats from a block of channels to the next."""
+        if self.padding is None:
+            return BLOCK
+        return BLOCK * (self.height + 2 * self.padding[0]) * (self.width + 2 * self.padding[1])
+
+    @property
+    def pixel(self) -> int:
+        """Floats from a pixel to the next."""
+        return self.channels if self.padding is None else BLOCK
+
+    @property
+    def row(self) -> int:
+        """Floats from a row to the next."""
+        return self.pixel * (self.width + (2 * self.padding[1] if self.padding else 0))
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether there is a border."""
+        return self.padding is not None and self.padding != (0, 0)
+
+    def images(self, buffer: int, *, inside: bool, steps: tuple[int, int] = (1, 1)) -> _Images:
+        """As the library reads it: from the first pixel inside the border, or from that of the border."""
+        top, left = self.padding or (0, 0)
+        start = top * self.row + left * self.pixel if inside else 0
+        return _Images(
+            buffer, start, self.size, self.block, self.row * steps[0], self.pixel * steps[1], self.channels, top, left
+        )
+
+
+def _blocks(channels: int) -> int:
+    return -(-channels // BLOCK)
+
+
+_X, _COPY, _Y, _OTHER, _INNER = 0, 1, 2, 3, 4
+"""Buffers: the input, its copy in blocks, the output, what is added to it, and what is between convolutions."""
+
+
+class Block:
+    """A residual block for images of a size: its convolutions, and the gates between them.
+
+    Args:
+        layers: the convolutions in their order, whose ReLU is folded in; without groups.
+        gates: of the output of each but the last; None for a layer all of whose channels are computed.
+        shortcut: a convolution of the input that the branch is added to; None if something else is.
+        relu: whether a ReLU comes after the sum.
+        size: height and width of the input.
+
+    Example:
+        >>> layers = [PackedConvolution(torch.nn.Conv2d(16, 16, 3, padding=1), relu=relu) for relu in (True, False)]
+        >>> block = Block(layers, [None], None, relu=False, size=(8, 8))
+        >>> block.height, block.width
+        (8, 8)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[PackedConvolution],
+        gates: Sequence[Gating | None],
+        shortcut: PackedConvolution | None,
+        relu: bool,
+        size: tuple[int, int],
+    ) -> None:
+        self._kept: list[Any] = []
+        first, *_, last = layers
+        self.channels, self.outputs = first.weight.shape[1], last.weight.shape[0]
+        given = _Layout(self.channels, *size, None)
+        sizes = [size]
+        for layer in layers:
+            sizes.append(layer.size_of(sizes[-1]))
+        self.height, self.width = sizes[-1]
+        wanted = _Layout(self.outputs, *sizes[-1], None)
+        which = [*self._numbers(gates), -1]
+        # The input is read where it is, if that needs no zeros around it.
+        copied = _Layout(self.channels, *size, first.settings.padding)
+        self._copy = copied if not _is_read_in_place(first, size) else None
+        made: list[_Convolution] = []
+        self.has_shortcut = shortcut is not None and _is_read_in_place(shortcut, size)
+        if shortcut is not None and self.has_shortcut:
+            made.append(self._convolution(shortcut, given, _X, wanted, _Y, -1, -1, -1, shortcut.relu))
+        before = (given, _X) if self._copy is None else (copied, _COPY)
+        self._inner: list[_Layout] = []
+        for k, layer in enumerate(layers):
+            source = which[k - 1] if k else -1
+            if k == len(layers) - 1:
+                other = _Y if self.has_shortcut else _OTHER
+                made.append(self._convolution(layer, *before, wanted, _Y, source, -1, other, relu))
+            else:
+                after = _Layout(layer.weight.shape[0], *sizes[k + 1], layers[k + 1].settings.padding)
+                made.append(self._convolution(layer, *before, after, _INNER + k, source, which[k], -1, layer.relu))
+                before = after, _INNER + k
+                self._inner.append(after)
+        self._layers = (_Convolution * len(made))(*made)
+        gated = [gating for gating in gates if gating is not None]
+        self.gates = [gating.last_bias.shape[0] for gating in gated]
+        self._switches = (_Switches * max(1, len(gated)))(*map(self._switch, gated))
+        self._mlps = (_Mlp * max(1, len(gated)))(*map(self._mlp, gated))
+        self._to = copied.images(_COPY, inside=True)
+
+    # Calls
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """The logits of the gates for images in the order of channels_last."""
+        n, channels, height, width = x.shape
+        sums = n * _PARTS * _blocks(channels) * BLOCK
+        copy = 0 if self._copy is None else n * self._copy.size
+        scratch = _take(sums + copy + sum(n * layout.size for layout in self._inner) + _BEYOND)
+        logits = [x.new_empty((n, gates)) for gates in self.gates]
+        address = scratch.data_ptr()
+        library().prepare(
+            _Pointer(x.data_ptr()),
+            *map(_Number, (n, height, width, channels)),
+            ctypes.byref(self._to),
+            _Pointer(address + 4 * sums if copy else None),
+            _Pointer(address),
+            self._mlps,
+            _Number(len(logits)),
+            _pointers(logits),
+            _parallel(),
+            _Number(torch.get_num_threads()),
+        )
+        return Prepared(x, scratch, logits)
+
+    def compute(self, prepared: Prepared, positive: Sequence[Tensor], other: Tensor | None) -> Tensor:
+        """The output of the block.
+
+        Args:
+            prepared: its input.
+            positive: for each layer of gates what is positive where a gate is open, of shape (N, gates).
+            other: what the branch is added to, in the order of channels_last; None if the block has a shortcut.
+        """
+        x, scratch, _ = prepared
+        n = len(x)
+        y = torch.empty_strided(
+            (n, self.outputs, self.height, self.width),
+            (self.outputs * self.height * self.width, 1, self.width * self.outputs, self.outputs),
+            dtype=torch.float32,
+        )
+        address = scratch.data_ptr() + 4 * n * _PARTS * _blocks(self.channels) * BLOCK
+        buffers = [x.data_ptr(), address, y.data_ptr(), None if other is None else other.data_ptr()]
+        address += 4 * n * (0 if self._copy is None else self._copy.size)
+        for layout in self._inner:
+            buffers.append(address)
+            address += 4 * n * layout.size
+        done = library().convolve(
+            self._layers,
+            _Number(len(self._layers)),
+            self._switches,
+            _Number(len(self.gates)),
+            _pointers(positive),
+            (_Pointer * len(buffers))(*buffers),
+            _Number(n),
+            _parallel(),
+            _Number(torch.get_num_threads()),
+        )
+        if not done:
+            raise MemoryError("native code could not allocate memory")
+        _give_back(scratch)
+        return y
+
+    # What the library reads
+
+    @staticmethod
+    def _numbers(gates: Sequence[Gating | None]) -> Iterator[int]:
+        """Which layer of gates each is, or -1."""
+        number = 0
+        for gating in gates:
+            yield -1 if gating is None else number
+            number += gating is not None
+
+    def _convolution(
+        self,
+        layer: PackedConvolution,
+        x: _Layout,
+        source: int,
+        y: _Layout,
+        target: int,
+        in_gates: int,
+        out_gates: int,
+        other: int,
+        relu: bool,
+    ) -> _Convolution:
+        stride, _, dilation, _ = layer.settings
+        outputs, inputs, high, wide = layer.weight.shape
+        height, width = layer.size_of((x.height, x.width))
+        if (high, wide) == stride == (1, 1) and not x.is_padded and not y.is_padded:
+            # Rows follow each other in memory.
+            height, width = 1, height * width
+        places = [
+            row * dilation[0] * x.row + column * dilation[1] * x.pixel
+            for row in range(high)
+            for column in range(wide)
+        ]
+        weight, bias = layer.kept("blocks", lambda: [*_in_blocks(layer.weight, layer.bias)])
+        return _Convolution(
+            self._address(weight),
+            self._address(bias),
+            self._address(torch.tensor(places)),
+            len(places),
+            x.images(source, inside=False, steps=stride),
+            y.images(target, inside=True),
+            _blocks(inputs),
+            _blocks(outputs),
+            height,
+            width,
+            in_gates,
+            out_gates,
+            other,
+            relu,
+        )
+
+    def _switch(self, gating: Gating) -> _Switches:
+        gates = gating.last_bias.shape[0]
+        of_channel = [
+            gate if gate < gates else -1 for gate, size in enumerate(gating.sizes) for _ in range(size)
+        ]
+        of_channel += [of_channel[-1]] * (-len(of_channel) % BLOCK)
+        blocks = [{*of_channel[at : at + BLOCK]} for at in range(0, len(of_channel), BLOCK)]
+        whole = all(len(block) == 1 for block in blocks)
+        numbers = torch.tensor(of_channel, dtype=torch.int32)
+        return _Switches(len(blocks), gates, self._address(numbers), whole)
+
+    def _mlp(self, gating: Gating) -> _Mlp:
+        hidden, gates = gating.last_weight.shape
+        return _Mlp(hidden, gates, *map(self._address, gating[1:]))
+
+    def _address(self, tensor: Tensor) -> int:
+        """Where a tensor is, which is kept."""
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _is_read_in_place(layer: PackedConvolution, size: tuple[int, int]) -> bool:
+    """Whether a convolution can read images in the order of channels_last."""
+    height, width = layer.size_of(size)
+    if layer.weight.shape[2:] == (1, 1) and layer.settings.stride == (1, 1):
+        width *= height
+    return layer.settings.padding == (0, 0) and layer.weight.shape[1] % BLOCK == 0 and width >= _SEGMENT
+
+
+def _in_blocks(weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
+    """Weight and bias in blocks, with zeros for channels that are none."""
+    outputs, inputs, high, wide = weight.shape
+    whole = weight.new_zeros(_blocks(outputs) * BLOCK, _blocks(inputs) * BLOCK, high * wide)
+    whole[:outputs, :inputs] = weight.flatten(2)
+    parts = whole.view(_blocks(outputs), BLOCK, _blocks(inputs), BLOCK, high * wide)
+    yield parts.permute(0, 2, 4, 3, 1).contiguous()
+    of_blocks = bias.new_zeros(len(whole))
+    of_blocks[:outputs] = bias
+    yield of_blocks
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (_Pointer * max(1, len(tensors)))(*[tensor.data_ptr() for tensor in tensors])
+
+
+# Memory that is used again and again: new memory is slow, since the system fills it with zeros.
+
+_spare: list[Tensor] = []
+
+_BEYOND = 4096
+"""Floats that may be read beyond the end, by segments that are longer than a row."""
+
+
+def _take(size: int) -> Tensor:
+    try:
+        scratch = _spare.pop()
+    except IndexError:
+        return torch.empty(size)
+    return scratch if scratch.numel() >= size else torch.empty(size)
+
+
+def _give_back(scratch: Tensor) -> None:
+    if len(_spare) < _MOST_SPARE:
+        _spare.append(scratch)
+
+
+_MOST_SPARE = 16
