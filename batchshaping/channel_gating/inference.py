@@ -358,15 +358,19 @@ class FoldedGate(Gate):
 
     def rows(self, sums: Tensor, scale: float) -> tuple[Tensor, list[Decisions]]:
         """What is positive where a gate is open, and whether each is, in as few operations as can be."""
-        positive = self._with_ungated(self.positive(self._logits(sums, scale)))
+        logits = self._logits(sums, scale)
+        if self._forced:
+            logits = self.decide(logits)
+        else:
+            self._keep(logits, None)
+        positive = self._with_ungated(logits)
         return positive, _rows(positive)
 
-    def positive(self, logits: Tensor) -> Tensor:
-        """Keep logits, and give what is positive where a gate is open."""
-        if self._forced:
-            return self.decide(logits)
-        self._keep(logits, None)
-        return logits
+    def forced_for(self, images: int) -> Tensor | None:
+        """What is decided for so many images, if that does not depend on the logits."""
+        if not self._forced:
+            return None
+        return self._forced[-1](self.last_bias.new_empty((images, self.gates))).contiguous()
 
     def gating(self) -> native.Gating:
         """As native code reads it."""
@@ -522,6 +526,7 @@ class ConditionalBlock(OneStep):
         self.end = end
         self.activation = activation
         self._ways = (*self._possible_ways(),)
+        self._native_gates = [inner.gate for inner in self._inner if isinstance(inner.gate, FoldedGate)]
         # Whether the last convolution can do all that comes after the sum.
         self._relu = end is None and type(activation) is nn.ReLU
         self.eval()
@@ -559,10 +564,11 @@ class ConditionalBlock(OneStep):
         other = None
         if not block.has_shortcut:
             other = x if self.downsample is None else channels_last(self.downsample(x))
-        prepared = block.prepare(x)
-        gates = [inner.gate for inner in self._inner if isinstance(inner.gate, FoldedGate)]
-        positive = [gate.positive(logits) for gate, logits in zip(gates, prepared.logits, strict=True)]
-        y = block.compute(prepared, positive, other)
+        gates = self._native_gates
+        forced = [gate.forced_for(x.shape[0]) for gate in gates]
+        y, logits = block(x, other, forced)
+        for gate, values, decisions in zip(gates, logits, forced, strict=True):
+            gate._keep(values, decisions)
         return y if self._relu else self.activation(y)  # type: ignore[no-any-return]
 
     def _native(self, x: Tensor) -> native.Block | None:

@@ -18,7 +18,6 @@
 #include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -31,6 +30,9 @@
 #define BLOCK 16
 #define SEGMENT 7
 #define MOST_LAYERS 8
+#define MOST_HIDDEN 256
+/* In how many parts of an image sums are kept. */
+#define PARTS 8
 /* How many segments, and vectors of output channels, are computed together: as many sums as fit into registers. */
 #if LANES == 16
 #define SEGMENTS_OF_ONE 4
@@ -73,12 +75,28 @@ typedef struct {
     int64_t relu;
 } convolution;
 
-/* Gates of one layer: what they switch. */
+/* The gates of one layer: two linear layers that read the means of the channels, and what each gate switches. */
 typedef struct {
-    int64_t blocks, gates;
+    int64_t hidden, number;
+    const float *first_weight, *first_bias, *last_weight, *last_bias; /* [input][output] */
+    int64_t blocks;
     const int32_t *of_channel; /* the gate of each channel, or -1 where it is always open */
     int64_t whole_blocks;      /* whether the channels of a block always have the same gate */
-} switches;
+} gating;
+
+/* Buffers: the input, its copy in blocks, the output, what is added to it, and what is between convolutions. */
+enum { X, COPY, Y, OTHER, INNER };
+#define MOST_BUFFERS (INNER + MOST_LAYERS)
+
+/* A residual block: convolutions one after the other, and gates that read the input. */
+typedef struct {
+    int64_t rows, columns, channels; /* of the input */
+    int64_t number_of_layers, number_of_gatings;
+    convolution layers[MOST_LAYERS];
+    gating gatings[MOST_LAYERS];
+    images copy;
+    int64_t sizes[MOST_BUFFERS]; /* floats of an image, where memory is needed for them */
+} residual;
 
 /* Which blocks are open, image by image. */
 typedef struct {
@@ -128,7 +146,7 @@ static void work(void *argument) {
 }
 
 static void run_phases(const phase *phases, int64_t number, parallel run, int64_t threads) {
-    int64_t counters[2][MOST_LAYERS] = {{0}};
+    int64_t counters[2][MOST_LAYERS + 2] = {{0}};
     job j = {phases, number, counters[0], counters[1]};
     if (run && threads > 1) run(work, &j, (unsigned)threads, 0);
     else work(&j);
@@ -139,7 +157,6 @@ static void run_phases(const phase *phases, int64_t number, parallel run, int64_
 typedef struct {
     const convolution *c;
     const opened *in, *out; /* NULL where all blocks are open */
-    const int32_t *all;     /* 0, 1, 2 and so on */
     const float *x, *other;
     float *y;
     int64_t number; /* of images */
@@ -154,7 +171,7 @@ typedef struct {
     const float *weight[2];
     int64_t channel[2], offset[2]; /* of each vector: its first channel, and where it is within a pixel */
     const float *mask;
-    const int32_t *open;
+    const int32_t *open; /* blocks of the input, or NULL where they are 0, 1, 2 and so on */
     int64_t number_of_open;
 } tile;
 
@@ -164,9 +181,13 @@ ALWAYS_INLINE void compute(const int segments, const int vectors, const convolvi
     UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++)
         UNROLL for (int n = 0; n < vectors; n++) sums[s][p][n] = (vector){0};
     int64_t one = (int64_t)sizeof(float) * c->x.pixel, three = 3 * one, five = 5 * one;
+    int64_t ahead = c->number_of_places > 4 ? 1 : 4;
     for (int64_t i = 0; i < t->number_of_open; i++) {
-        int64_t block = t->open[i];
+        int64_t block = t->open ? t->open[i] : i;
         const float *weight[2];
+        /* The weights of a block after this one, which may be far away in memory. */
+        int64_t later = i + ahead < t->number_of_open ? (t->open ? t->open[i + ahead] - block : ahead) : 0;
+        later *= c->number_of_places * BLOCK * BLOCK;
         UNROLL for (int n = 0; n < vectors; n++)
             weight[n] = t->weight[n] + block * c->number_of_places * BLOCK * BLOCK;
         for (int64_t place = 0; place < c->number_of_places; place++) {
@@ -180,6 +201,7 @@ ALWAYS_INLINE void compute(const int segments, const int vectors, const convolvi
                 OPAQUE(five);
                 vector row[2];
                 UNROLL for (int n = 0; n < vectors; n++) row[n] = load(weight[n] + k * BLOCK);
+                UNROLL for (int n = 0; n < vectors; n++) __builtin_prefetch(weight[n] + later + k * BLOCK);
                 UNROLL for (int s = 0; s < segments; s++) {
                     const char *pixel[SEGMENT] = {
                         x[s], x[s] + one, x[s] + 2 * one, x[s] + three, x[s] + 4 * one, x[s] + five, x[s] + 2 * three};
@@ -288,7 +310,7 @@ static void convolve_part(const void *what, int64_t task) {
         for (int64_t block = 2 * pair; block < c->out_blocks && block < 2 * pair + 2; block++) blocks[found++] = block;
     if (!found) return;
     tile t;
-    t.open = v->in ? v->in->open + image * c->in_blocks : v->all;
+    t.open = v->in ? v->in->open + image * c->in_blocks : NULL;
     t.number_of_open = v->in ? v->in->count[image] : c->in_blocks;
     t.mask = v->out && v->out->mask ? v->out->mask + image * c->out_blocks * BLOCK : NULL;
     int64_t in_row = (c->columns + SEGMENT - 1) / SEGMENT, segments = in_row * c->rows;
@@ -308,113 +330,44 @@ static void convolve_part(const void *what, int64_t task) {
         for (int k = 0; k < found; k++) clear_border(v, image, blocks[k]);
 }
 
-static void find_open(const switches *s, const float *positive, int64_t number, opened *o) {
-    for (int64_t n = 0; n < number; n++) {
-        o->count[n] = 0;
-        for (int64_t block = 0; block < s->blocks; block++) {
-            int any = 0;
-            for (int64_t k = 0; k < (s->whole_blocks ? 1 : BLOCK); k++) {
-                int32_t gate = s->of_channel[block * BLOCK + k];
-                int is_open = gate < 0 || positive[n * s->gates + gate] > 0;
-                any |= is_open;
-                if (o->mask) o->mask[(n * s->blocks + block) * BLOCK + k] = (float)is_open;
-            }
-            if (any) o->open[n * s->blocks + o->count[n]++] = (int32_t)block;
-        }
-    }
-}
-
-/* Convolutions one after the other, of some images. Each layer of gates has for each image and gate a value that is
-   positive where it is open. Gives whether it was done. */
-int convolve(const convolution *layers, int64_t number_of_layers, const switches *gates, int64_t number_of_gates,
-             const float *const *positive, float *const *buffers, int64_t number, parallel run, int64_t threads) {
-    opened lists[MOST_LAYERS];
-    convolving all[MOST_LAYERS];
-    phase phases[MOST_LAYERS];
-    if (number_of_layers > MOST_LAYERS || number_of_gates > MOST_LAYERS) return 0;
-    int64_t most = 0, size = 0;
-    for (int64_t l = 0; l < number_of_layers; l++)
-        if (layers[l].in_blocks > most) most = layers[l].in_blocks;
-    for (int64_t g = 0; g < number_of_gates; g++)
-        size += number * (1 + gates[g].blocks * (gates[g].whole_blocks ? 1 : 1 + BLOCK));
-    int32_t *memory = malloc(sizeof(int32_t) * (size_t)(size + most)), *rest = memory + most;
-    if (!memory) return 0;
-    for (int64_t block = 0; block < most; block++) memory[block] = (int32_t)block;
-    for (int64_t g = 0; g < number_of_gates; g++) {
-        lists[g] = (opened){rest, rest + number, NULL};
-        rest += number * (1 + gates[g].blocks);
-        if (!gates[g].whole_blocks) lists[g].mask = (float *)rest, rest += number * gates[g].blocks * BLOCK;
-        find_open(gates + g, positive[g], number, lists + g);
-    }
-    /* What is not read later is not computed. */
-    for (int64_t g = number_of_gates - 2; g >= 0; g--)
-        for (int64_t n = 0; n < number; n++)
-            if (!lists[g + 1].count[n]) lists[g].count[n] = 0;
-    for (int64_t l = 0; l < number_of_layers; l++) {
-        const convolution *c = layers + l;
-        int64_t segments = (c->columns + SEGMENT - 1) / SEGMENT * c->rows;
-        /* Small enough to be shared out, a multiple of what is computed together. */
-        int64_t part = (segments / 16 + 3) / 4 * 4;
-        if (part < 4) part = 4;
-        all[l] = (convolving){
-            .c = c,
-            .in = c->in_gates < 0 ? NULL : lists + c->in_gates,
-            .out = c->out_gates < 0 ? NULL : lists + c->out_gates,
-            .all = memory,
-            .x = buffers[c->x.buffer] + c->x.start,
-            .y = buffers[c->y.buffer] + c->y.start,
-            .other = c->other < 0 ? NULL : buffers[c->other],
-            .number = number,
-            .part = part,
-            .parts = (segments + part - 1) / part,
-        };
-        phases[l] = (phase){all + l, convolve_part, (c->out_blocks + 1) / 2 * number * all[l].parts};
-    }
-    run_phases(phases, number_of_layers, run, threads);
-    free(memory);
-    return 1;
-}
-
 /* Gates */
 
-/* Two layers that read the sums of each channel over the pixels; weights are [input][output]. */
+/* What is known of the images of a call. */
 typedef struct {
-    int64_t hidden, gates;
-    const float *first_weight, *first_bias, *last_weight, *last_bias;
-} mlp;
-
-typedef struct {
-    const float *x;
-    images to; /* a copy in blocks, if it has a buffer that is not negative */
-    float *copy;
-    int64_t number, rows, columns, channels, part, parts;
-    float *sums; /* [image][part][channels, a multiple of a block] */
-    const mlp *gates;
-    int64_t number_of_gates;
+    const residual *r;
+    int64_t number, part, parts; /* images, rows in a part of an image, and parts */
+    float *buffers[MOST_BUFFERS];
+    float *sums; /* [image][part][channels, in whole blocks] */
     float *const *logits;
-} preparing;
+    const float *const *forced; /* what is positive where a gate is open, if that is not the logits; or NULL */
+    opened lists[MOST_LAYERS];
+} known;
 
 /* Two blocks of channels of some rows of an image: their sums, and the copy. */
 static void prepare_part(const void *what, int64_t task) {
-    const preparing *v = what;
-    int64_t blocks = (v->channels + BLOCK - 1) / BLOCK, pairs = (blocks + 1) / 2;
+    const known *v = what;
+    const residual *r = v->r;
+    const images *copy = &r->copy;
+    int64_t blocks = (r->channels + BLOCK - 1) / BLOCK, pairs = (blocks + 1) / 2;
     int64_t pair = task % pairs, part = task / pairs % v->parts, image = task / pairs / v->parts;
-    int64_t first = part * v->part, end = first + v->part < v->rows ? first + v->part : v->rows;
-    int64_t above = v->to.padded_rows, left = v->to.padded_columns;
+    int64_t first = part * v->part, end = first + v->part < r->rows ? first + v->part : r->rows;
+    int64_t above = copy->padded_rows, left = copy->padded_columns;
     for (int64_t block = 2 * pair; block < blocks && block < 2 * pair + 2; block++) {
         float total[BLOCK] = {0};
-        int64_t valid = v->channels - block * BLOCK;
+        int64_t valid = r->channels - block * BLOCK;
         if (valid > BLOCK) valid = BLOCK;
+        float *plane = NULL;
+        if (r->sizes[COPY]) plane = v->buffers[COPY] + copy->start + image * copy->image + block * copy->block;
         for (int64_t row = first; row < end; row++) {
-            const float *from = v->x + ((image * v->rows + row) * v->columns) * v->channels + block * BLOCK;
-            float *to = v->copy ? v->copy + v->to.start + image * v->to.image + block * v->to.block + row * v->to.row : NULL;
-            if (to && left) {
+            const float *from = v->buffers[X] + (image * r->rows + row) * r->columns * r->channels + block * BLOCK;
+            float *to = plane ? plane + row * copy->row : NULL;
+            if (to) {
                 memset(to - left * BLOCK, 0, sizeof(float) * (size_t)(left * BLOCK));
-                memset(to + v->columns * BLOCK, 0, sizeof(float) * (size_t)(left * BLOCK));
+                memset(to + r->columns * BLOCK, 0, sizeof(float) * (size_t)(left * BLOCK));
             }
             if (valid == BLOCK) {
                 vector sums[BLOCK / LANES] = {{0}};
-                for (int64_t column = 0; column < v->columns; column++, from += v->channels)
+                for (int64_t column = 0; column < r->columns; column++, from += r->channels)
                     for (int n = 0; n < BLOCK / LANES; n++) {
                         vector value = load(from + n * LANES);
                         sums[n] += value;
@@ -424,8 +377,8 @@ static void prepare_part(const void *what, int64_t task) {
             } else
                 for (int64_t k = 0; k < BLOCK; k++) {
                     float sum = 0;
-                    for (int64_t column = 0; column < v->columns; column++) {
-                        float value = k < valid ? from[column * v->channels + k] : 0;
+                    for (int64_t column = 0; column < r->columns; column++) {
+                        float value = k < valid ? from[column * r->channels + k] : 0;
                         sum += value;
                         if (to) to[column * BLOCK + k] = value;
                     }
@@ -433,11 +386,10 @@ static void prepare_part(const void *what, int64_t task) {
                 }
         }
         memcpy(v->sums + ((image * v->parts + part) * blocks + block) * BLOCK, total, sizeof total);
-        if (v->copy && above) {
-            size_t size = sizeof(float) * (size_t)(above * v->to.row);
-            float *start = v->copy + v->to.start + image * v->to.image + block * v->to.block - left * BLOCK;
-            if (part == 0) memset(start - above * v->to.row, 0, size);
-            if (part == v->parts - 1) memset(start + v->rows * v->to.row, 0, size);
+        if (plane && above) {
+            size_t size = sizeof(float) * (size_t)(above * copy->row);
+            if (part == 0) memset(plane - above * copy->row - left * BLOCK, 0, size);
+            if (part == v->parts - 1) memset(plane + r->rows * copy->row - left * BLOCK, 0, size);
         }
     }
 }
@@ -449,33 +401,97 @@ static void multiply(const float *x, int64_t inputs, const float *weight, const 
     for (int64_t k = 0; k < outputs; k++) y[k] = y[k] * scale + bias[k];
 }
 
-#define MOST_HIDDEN 256
-
-static void decide(const void *what, int64_t image) {
-    const preparing *v = what;
-    int64_t channels = (v->channels + BLOCK - 1) / BLOCK * BLOCK;
-    float *sums = v->sums + image * v->parts * channels;
-    for (int64_t part = 1; part < v->parts; part++)
-        for (int64_t k = 0; k < channels; k++) sums[k] += sums[part * channels + k];
-    for (int64_t g = 0; g < v->number_of_gates; g++) {
-        const mlp *m = v->gates + g;
-        float hidden[MOST_HIDDEN];
-        multiply(sums, v->channels, m->first_weight, m->first_bias, 1.0f / (float)(v->rows * v->columns), hidden, m->hidden);
-        for (int64_t k = 0; k < m->hidden; k++) hidden[k] = hidden[k] < 0 ? 0 : hidden[k];
-        multiply(hidden, m->hidden, m->last_weight, m->last_bias, 1, v->logits[g] + image * m->gates, m->gates);
+/* Which blocks of an image are open. */
+static void find_open(const gating *g, const float *positive, int64_t image, opened *o) {
+    o->count[image] = 0;
+    for (int64_t block = 0; block < g->blocks; block++) {
+        int any = 0;
+        for (int64_t k = 0; k < (g->whole_blocks ? 1 : BLOCK); k++) {
+            int32_t gate = g->of_channel[block * BLOCK + k];
+            int is_open = gate < 0 || positive[image * g->number + gate] > 0;
+            any |= is_open;
+            if (o->mask) o->mask[(image * g->blocks + block) * BLOCK + k] = (float)is_open;
+        }
+        if (any) o->open[image * g->blocks + o->count[image]++] = (int32_t)block;
     }
 }
 
-/* The logits of gates for images in the order of channels_last, and a copy of the images in blocks if that is asked
-   for. sums: room for 8 numbers a channel, in whole blocks. Gives whether it was done. */
-int prepare(const float *x, int64_t number, int64_t rows, int64_t columns, int64_t channels, const images *to, float *copy,
-            float *sums, const mlp *gates, int64_t number_of_gates, float *const *logits, parallel run, int64_t threads) {
-    for (int64_t g = 0; g < number_of_gates; g++)
-        if (gates[g].hidden > MOST_HIDDEN) return 0;
-    int64_t part = (rows + 7) / 8, parts = rows ? (rows + part - 1) / part : 0;
-    preparing v = {x, *to, copy, number, rows, columns, channels, part, parts, sums, gates, number_of_gates, logits};
-    int64_t pairs = ((channels + BLOCK - 1) / BLOCK + 1) / 2;
-    phase phases[2] = {{&v, prepare_part, number * parts * pairs}, {&v, decide, number}};
-    run_phases(phases, 2, run, threads);
-    return 1;
+/* The logits of an image, and what is open. */
+static void decide(const void *what, int64_t image) {
+    known *v = (known *)what;
+    const residual *r = v->r;
+    int64_t channels = (r->channels + BLOCK - 1) / BLOCK * BLOCK;
+    float *sums = v->sums + image * v->parts * channels;
+    for (int64_t part = 1; part < v->parts; part++)
+        for (int64_t k = 0; k < channels; k++) sums[k] += sums[part * channels + k];
+    for (int64_t k = r->number_of_gatings - 1; k >= 0; k--) {
+        const gating *g = r->gatings + k;
+        float hidden[MOST_HIDDEN];
+        float *logits = v->logits[k] + image * g->number;
+        multiply(sums, r->channels, g->first_weight, g->first_bias, 1.0f / (float)(r->rows * r->columns), hidden, g->hidden);
+        for (int64_t i = 0; i < g->hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
+        multiply(hidden, g->hidden, g->last_weight, g->last_bias, 1, logits, g->number);
+        find_open(g, v->forced[k] ? v->forced[k] : v->logits[k], image, v->lists + k);
+        /* What is not read later is not computed. */
+        if (k + 1 < r->number_of_gatings && !v->lists[k + 1].count[image]) v->lists[k].count[image] = 0;
+    }
+}
+
+/* A residual block */
+
+static int64_t whole(int64_t floats) { return (floats + BLOCK - 1) / BLOCK * BLOCK; }
+
+static int64_t floats_of_lists(const gating *g) {
+    return whole(1 + g->blocks) + (g->whole_blocks ? 0 : g->blocks * BLOCK);
+}
+
+/* How many floats of memory are needed for each image. */
+int64_t needed(const residual *r) {
+    int64_t floats = PARTS * whole(r->channels);
+    for (int64_t k = 0; k < MOST_BUFFERS; k++) floats += whole(r->sizes[k]);
+    for (int64_t k = 0; k < r->number_of_gatings; k++) floats += floats_of_lists(r->gatings + k);
+    return floats;
+}
+
+/* Compute some images: x and other and y are in the order of channels_last; other is NULL if it is a convolution of
+   the block's. */
+void compute_block(const residual *r, int64_t number, float *x, float *other, float *y, float *memory, float *const *logits,
+                   const float *const *forced, parallel run, int64_t threads) {
+    known v = {.r = r, .number = number, .logits = logits, .forced = forced, .sums = memory};
+    memory += number * PARTS * whole(r->channels);
+    for (int64_t k = 0; k < MOST_BUFFERS; k++) v.buffers[k] = memory, memory += number * whole(r->sizes[k]);
+    v.buffers[X] = x, v.buffers[Y] = y, v.buffers[OTHER] = other;
+    for (int64_t k = 0; k < r->number_of_gatings; k++) {
+        const gating *g = r->gatings + k;
+        int32_t *integers = (int32_t *)memory;
+        v.lists[k] = (opened){integers, integers + number, g->whole_blocks ? NULL : memory + number * whole(1 + g->blocks)};
+        memory += number * floats_of_lists(g);
+    }
+    v.part = (r->rows + PARTS - 1) / PARTS;
+    v.parts = (r->rows + v.part - 1) / v.part;
+    phase phases[MOST_LAYERS + 2];
+    int64_t pairs = (whole(r->channels) / BLOCK + 1) / 2;
+    phases[0] = (phase){&v, prepare_part, number * v.parts * pairs};
+    phases[1] = (phase){&v, decide, number};
+    convolving all[MOST_LAYERS];
+    for (int64_t l = 0; l < r->number_of_layers; l++) {
+        const convolution *c = r->layers + l;
+        int64_t segments = (c->columns + SEGMENT - 1) / SEGMENT * c->rows;
+        /* Small enough to be shared out, a multiple of what is computed together. */
+        int64_t part = (segments / 16 + 3) / 4 * 4;
+        if (part < 4) part = 4;
+        all[l] = (convolving){
+            .c = c,
+            .in = c->in_gates < 0 ? NULL : v.lists + c->in_gates,
+            .out = c->out_gates < 0 ? NULL : v.lists + c->out_gates,
+            .x = v.buffers[c->x.buffer] + c->x.start,
+            .y = v.buffers[c->y.buffer] + c->y.start,
+            .other = c->other < 0 ? NULL : v.buffers[c->other],
+            .number = number,
+            .part = part,
+            .parts = (segments + part - 1) / part,
+        };
+        phases[2 + l] = (phase){all + l, convolve_part, (c->out_blocks + 1) / 2 * number * all[l].parts};
+    }
+    run_phases(phases, 2 + r->number_of_layers, run, threads);
 }

@@ -34,16 +34,13 @@ from torch import Tensor
 
 from batchshaping.gates.packed import PackedConvolution
 
-__all__ = ["Block", "Gating", "Prepared", "can_compute", "library"]
+__all__ = ["Block", "Gating", "can_compute", "library"]
 
 BLOCK = 16
 """Channels in a block."""
 
 _SEGMENT = 7
 """Pixels that are computed together."""
-
-_PARTS = 8
-"""In how many parts of an image sums are kept."""
 
 _MOST_HIDDEN = 256
 """Of the gates' hidden layer."""
@@ -61,11 +58,18 @@ def library() -> Any:
     if os.environ.get("BATCHSHAPING_NATIVE") == "0" or os.name != "posix":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        found = ctypes.CDLL(str(_compiled()))
     except (OSError, _NotCompiled) as error:
         if shutil.which("cc") or os.environ.get("CC"):
             warnings.warn(f"inference is slower, since native code is missing: {error}", stacklevel=2)
         return None
+    found.needed.argtypes, found.needed.restype = [_Pointer], _Number
+    found.compute_block.argtypes = [_Pointer, _Number, *[_Pointer] * 7, _Number]
+    found.compute_block.restype = None
+    return found
+
+
+_Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
 
 
 class _NotCompiled(Exception):
@@ -170,8 +174,6 @@ def can_compute(x: Tensor) -> bool:
 
 # What it reads
 
-_Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
-
 
 class _Images(ctypes.Structure):
     _fields_ = [
@@ -198,15 +200,30 @@ class _Convolution(ctypes.Structure):
     ]
 
 
-class _Switches(ctypes.Structure):
-    _fields_ = [("blocks", _Number), ("gates", _Number), ("of_channel", _Pointer), ("whole_blocks", _Number)]
-
-
-class _Mlp(ctypes.Structure):
+class _Gating(ctypes.Structure):
     _fields_ = [
         ("hidden", _Number),
-        ("gates", _Number),
+        ("number", _Number),
         *((name, _Pointer) for name in ("first_weight", "first_bias", "last_weight", "last_bias")),
+        ("blocks", _Number),
+        ("of_channel", _Pointer),
+        ("whole_blocks", _Number),
+    ]
+
+
+_MOST_LAYERS = 8
+
+_X, _COPY, _Y, _OTHER, _INNER = 0, 1, 2, 3, 4
+"""Buffers: the input, its copy in blocks, the output, what is added to it, and what is between convolutions."""
+
+
+class _Residual(ctypes.Structure):
+    _fields_ = [
+        *((name, _Number) for name in ("rows", "columns", "channels", "number_of_layers", "number_of_gatings")),
+        ("layers", _Convolution * _MOST_LAYERS),
+        ("gatings", _Gating * _MOST_LAYERS),
+        ("copy", _Images),
+        ("sizes", _Number * (_INNER + _MOST_LAYERS)),
     ]
 
 
@@ -226,20 +243,6 @@ class Gating(NamedTuple):
     first_bias: Tensor
     last_weight: Tensor
     last_bias: Tensor
-
-
-class Prepared(NamedTuple):
-    """What a block knows of its input.
-
-    Attributes:
-        x: the images.
-        scratch: memory, in which they are in blocks if the block wants that.
-        logits: of each layer of gates, of shape (N, gates).
-    """
-
-    x: Tensor
-    scratch: Tensor
-    logits: list[Tensor]
 
 
 # A block
@@ -295,10 +298,6 @@ def _blocks(channels: int) -> int:
     return -(-channels // BLOCK)
 
 
-_X, _COPY, _Y, _OTHER, _INNER = 0, 1, 2, 3, 4
-"""Buffers: the input, its copy in blocks, the output, what is added to it, and what is between convolutions."""
-
-
 class Block:
     """A residual block for images of a size: its convolutions, and the gates between them.
 
@@ -336,13 +335,13 @@ class Block:
         which = [*self._numbers(gates), -1]
         # The input is read where it is, if that needs no zeros around it.
         copied = _Layout(self.channels, *size, first.settings.padding)
-        self._copy = copied if not _is_read_in_place(first, size) else None
+        is_copied = not _is_read_in_place(first, size)
         made: list[_Convolution] = []
         self.has_shortcut = shortcut is not None and _is_read_in_place(shortcut, size)
         if shortcut is not None and self.has_shortcut:
             made.append(self._convolution(shortcut, given, _X, wanted, _Y, -1, -1, -1, shortcut.relu))
-        before = (given, _X) if self._copy is None else (copied, _COPY)
-        self._inner: list[_Layout] = []
+        before = (copied, _COPY) if is_copied else (given, _X)
+        floats = {_COPY: is_copied * copied.size}
         for k, layer in enumerate(layers):
             source = which[k - 1] if k else -1
             if k == len(layers) - 1:
@@ -352,74 +351,52 @@ class Block:
                 after = _Layout(layer.weight.shape[0], *sizes[k + 1], layers[k + 1].settings.padding)
                 made.append(self._convolution(layer, *before, after, _INNER + k, source, which[k], -1, layer.relu))
                 before = after, _INNER + k
-                self._inner.append(after)
-        self._layers = (_Convolution * len(made))(*made)
+                floats[_INNER + k] = after.size
         gated = [gating for gating in gates if gating is not None]
-        self.gates = [gating.last_bias.shape[0] for gating in gated]
-        self._switches = (_Switches * max(1, len(gated)))(*map(self._switch, gated))
-        self._mlps = (_Mlp * max(1, len(gated)))(*map(self._mlp, gated))
-        self._to = copied.images(_COPY, inside=True)
+        self._gates = [gating.last_bias.shape[0] for gating in gated]
+        self._residual = _Residual(*size, self.channels, len(made), len(gated))
+        for k, convolution in enumerate(made):
+            self._residual.layers[k] = convolution
+        for k, gating in enumerate(gated):
+            self._residual.gatings[k] = self._gating(gating)
+        self._residual.copy = copied.images(_COPY, inside=True)
+        for buffer, number in floats.items():
+            self._residual.sizes[buffer] = number
+        self._address_of_it = ctypes.addressof(self._residual)
+        self._floats = library().needed(self._address_of_it)
 
-    # Calls
-
-    def prepare(self, x: Tensor) -> Prepared:
-        """The logits of the gates for images in the order of channels_last."""
-        n, channels, height, width = x.shape
-        sums = n * _PARTS * _blocks(channels) * BLOCK
-        copy = 0 if self._copy is None else n * self._copy.size
-        scratch = _take(sums + copy + sum(n * layout.size for layout in self._inner) + _BEYOND)
-        logits = [x.new_empty((n, gates)) for gates in self.gates]
-        address = scratch.data_ptr()
-        library().prepare(
-            _Pointer(x.data_ptr()),
-            *map(_Number, (n, height, width, channels)),
-            ctypes.byref(self._to),
-            _Pointer(address + 4 * sums if copy else None),
-            _Pointer(address),
-            self._mlps,
-            _Number(len(logits)),
-            _pointers(logits),
-            _parallel(),
-            _Number(torch.get_num_threads()),
-        )
-        return Prepared(x, scratch, logits)
-
-    def compute(self, prepared: Prepared, positive: Sequence[Tensor], other: Tensor | None) -> Tensor:
-        """The output of the block.
+    def __call__(self, x: Tensor, other: Tensor | None, forced: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+        """The output of the block, and the logits of its gates.
 
         Args:
-            prepared: its input.
-            positive: for each layer of gates what is positive where a gate is open, of shape (N, gates).
-            other: what the branch is added to, in the order of channels_last; None if the block has a shortcut.
+            x: images in the order of channels_last.
+            other: what the branch is added to, in the same order; None if the block has a shortcut.
+            forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); None
+                where the logits are.
         """
-        x, scratch, _ = prepared
         n = len(x)
+        pixels = self.height * self.width
         y = torch.empty_strided(
             (n, self.outputs, self.height, self.width),
-            (self.outputs * self.height * self.width, 1, self.width * self.outputs, self.outputs),
+            (self.outputs * pixels, 1, self.width * self.outputs, self.outputs),
             dtype=torch.float32,
         )
-        address = scratch.data_ptr() + 4 * n * _PARTS * _blocks(self.channels) * BLOCK
-        buffers = [x.data_ptr(), address, y.data_ptr(), None if other is None else other.data_ptr()]
-        address += 4 * n * (0 if self._copy is None else self._copy.size)
-        for layout in self._inner:
-            buffers.append(address)
-            address += 4 * n * layout.size
-        done = library().convolve(
-            self._layers,
-            _Number(len(self._layers)),
-            self._switches,
-            _Number(len(self.gates)),
-            _pointers(positive),
-            (_Pointer * len(buffers))(*buffers),
-            _Number(n),
+        logits = [x.new_empty((n, gates)) for gates in self._gates]
+        memory = _take(n * self._floats + _BEYOND)
+        library().compute_block(
+            self._address_of_it,
+            n,
+            x.data_ptr(),
+            None if other is None else other.data_ptr(),
+            y.data_ptr(),
+            memory.data_ptr(),
+            _pointers(logits),
+            _pointers(forced),
             _parallel(),
-            _Number(torch.get_num_threads()),
+            torch.get_num_threads(),
         )
-        if not done:
-            raise MemoryError("native code could not allocate memory")
-        _give_back(scratch)
-        return y
+        _give_back(memory)
+        return y, logits
 
     # What the library reads
 
@@ -472,20 +449,21 @@ class Block:
             relu,
         )
 
-    def _switch(self, gating: Gating) -> _Switches:
-        gates = gating.last_bias.shape[0]
+    def _gating(self, gating: Gating) -> _Gating:
+        hidden, gates = gating.last_weight.shape
         of_channel = [
             gate if gate < gates else -1 for gate, size in enumerate(gating.sizes) for _ in range(size)
         ]
-        of_channel += [of_channel[-1]] * (-len(of_channel) % BLOCK)
+        of_channel += of_channel[-1:] * (-len(of_channel) % BLOCK)
         blocks = [{*of_channel[at : at + BLOCK]} for at in range(0, len(of_channel), BLOCK)]
-        whole = all(len(block) == 1 for block in blocks)
-        numbers = torch.tensor(of_channel, dtype=torch.int32)
-        return _Switches(len(blocks), gates, self._address(numbers), whole)
-
-    def _mlp(self, gating: Gating) -> _Mlp:
-        hidden, gates = gating.last_weight.shape
-        return _Mlp(hidden, gates, *map(self._address, gating[1:]))
+        return _Gating(
+            hidden,
+            gates,
+            *map(self._address, gating[1:]),
+            len(blocks),
+            self._address(torch.tensor(of_channel, dtype=torch.int32)),
+            all(len(block) == 1 for block in blocks),
+        )
 
     def _address(self, tensor: Tensor) -> int:
         """Where a tensor is, which is kept."""
@@ -513,8 +491,8 @@ def _in_blocks(weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
     yield of_blocks
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (_Pointer * max(1, len(tensors)))(*[tensor.data_ptr() for tensor in tensors])
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    return (_Pointer * _MOST_LAYERS)(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 # Memory that is used again and again: new memory is slow, since the system fills it with zeros.
