@@ -25,6 +25,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -372,6 +373,10 @@ class FoldedGate(Gate):
             return None
         return self._forced[-1](self.last_bias.new_empty((images, self.gates))).contiguous()
 
+    def keep_run(self, logits: Tensor, decisions: Tensor | None) -> None:
+        """Keep what was computed elsewhere; without decisions where they follow from the logits."""
+        self._keep(logits, decisions)
+
     def gating(self) -> native.Gating:
         """As native code reads it."""
         return native.Gating(self.sizes, self.first_weight, self.first_bias, self.last_weight, self.last_bias)
@@ -497,7 +502,7 @@ class ConditionalBlock(OneStep):
     ) -> None:
         super().__init__()
         self.plans: dict[tuple[int, ...], tuple[tuple[float, str], ...]] = {}
-        self._native_blocks: dict[tuple[int, int], tuple[list[object], native.Block | None]] = {}
+        self._native_blocks = native.Blocks()
         self._inner: list[_Inner] = []
         names: list[str | None] = [None]
         for step in steps:
@@ -526,7 +531,7 @@ class ConditionalBlock(OneStep):
         self.end = end
         self.activation = activation
         self._ways = (*self._possible_ways(),)
-        self._native_gates = [inner.gate for inner in self._inner if isinstance(inner.gate, FoldedGate)]
+        self.folded_gates = [inner.gate for inner in self._inner if isinstance(inner.gate, FoldedGate)]
         # Whether the last convolution can do all that comes after the sum.
         self._relu = end is None and type(activation) is nn.ReLU
         self.eval()
@@ -543,9 +548,10 @@ class ConditionalBlock(OneStep):
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
-        block = None if is_plain() or not native.can_compute(x) else self._native(x)
-        if block is not None:
-            return self._by_native(block, x)
+        if not is_plain() and native.can_compute(x):
+            block = self.native((x.shape[2], x.shape[3]))
+            if block is not None:
+                return self._by_native(block, x)
         # Sums are exact in half precision too, and the gates divide them.
         sums = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         scale = 1 / (x.shape[2] * x.shape[3])
@@ -564,34 +570,36 @@ class ConditionalBlock(OneStep):
         other = None
         if not block.has_shortcut:
             other = x if self.downsample is None else channels_last(self.downsample(x))
-        gates = self._native_gates
-        forced = [gate.forced_for(x.shape[0]) for gate in gates]
-        y, logits = block(x, other, forced)
-        for gate, values, decisions in zip(gates, logits, forced, strict=True):
-            gate._keep(values, decisions)
+        forced = [gate.forced_for(x.shape[0]) for gate in self.folded_gates]
+        y, logits = native.compute([block], x, other, forced)
+        for gate, values, decisions in zip(self.folded_gates, logits, forced, strict=True):
+            gate.keep_run(values, decisions)
         return y if self._relu else self.activation(y)  # type: ignore[no-any-return]
 
-    def _native(self, x: Tensor) -> native.Block | None:
-        """The block in native code for images of this size, or None where it is none."""
-        size = (x.shape[2], x.shape[3])
-        generations = [layer.generation for layer in self._layers]
-        found = self._native_blocks.get(size)
-        if found is None or found[0] != generations:
-            while len(self._native_blocks) >= PackedConvolution.SIZES:
-                self._native_blocks.pop(next(iter(self._native_blocks)), None)
-            found = self._native_blocks[size] = (generations, self._make_native(x))
-        return found[1]
+    def joined(self, modules: nn.Sequential) -> nn.Sequential:
+        """Blocks that are computed together."""
+        return ConditionalBlocks(OrderedDict(modules.named_children()))
 
-    def _make_native(self, x: Tensor) -> native.Block | None:
-        layers = self._layers
+    @property
+    def is_whole(self) -> bool:
+        """Whether native code computes all of the block, and nobody watches it."""
+        return self._relu and not self._forward_hooks and not self._forward_pre_hooks
+
+    def native(self, size: tuple[int, int]) -> native.Block | None:
+        """The block in native code for images of a size, or None where there is none."""
+        generations = [layer.generation for layer in self._layers]
+        return self._native_blocks.of(size, generations, lambda: self._make_native(size))
+
+    def _make_native(self, size: tuple[int, int]) -> native.Block | None:
         if self.end is not None or any(inner.activation is not None for inner in self._inner):
             return None
-        if any(layer.groups > 1 or layer.weight.dtype != x.dtype for layer in layers):
-            return None
         shortcut = None
-        if self.downsample is not None:
-            shortcut, *rest = self.downsample.children()
-        return native.Block(layers, [inner.gate.gating() for inner in self._inner], shortcut, self._relu, (x.shape[2], x.shape[3]))
+        if isinstance(self.downsample, nn.Sequential):
+            first, *rest = self.downsample
+            if isinstance(first, PackedConvolution) and all(type(layer) is nn.Identity for layer in rest):
+                shortcut = first
+        gates = [inner.gate.gating() for inner in self._inner]
+        return native.Block.of(self._layers, gates, shortcut, self._relu, size)
 
     def _plain(self, x: Tensor, sums: Tensor, scale: float) -> Tensor:
         """All channels, or a branch for each gate, by operations that can be counted, compiled, exported."""
@@ -749,6 +757,31 @@ class ConditionalBlock(OneStep):
         bias = self._last[0].bias.reshape(-1, 1, 1)
         y = other.add_(bias) if inplace else other + bias
         return y.relu_() if self._relu else y
+
+
+class ConditionalBlocks(nn.Sequential):
+    """Blocks one after the other, which native code computes in one call.
+
+    Between two calls the interpreter's own data have left the caches, so that each call costs more than it
+    seems to.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor or is_plain() or not native.can_compute(x):
+            return super().forward(x)  # type: ignore[no-any-return]
+        blocks, made, size = [*self], [], (x.shape[2], x.shape[3])
+        for block in blocks:
+            found = block.native(size) if block.is_whole else None
+            if found is None or not (found.has_shortcut or block.downsample is None):
+                return super().forward(x)  # type: ignore[no-any-return]
+            made.append(found)
+            size = (found.height, found.width)
+        gates = [gate for block in blocks for gate in block.folded_gates]
+        forced = [gate.forced_for(x.shape[0]) for gate in gates]
+        y, logits = native.compute(made, channels_last(x), None, forced)
+        for gate, values, decisions in zip(gates, logits, forced, strict=True):
+            gate.keep_run(values, decisions)
+        return y
 
 
 _WAYS: Mapping[str, Callable[[ConditionalBlock, _Batch], Tensor]] = {

@@ -27,7 +27,7 @@ from batchshaping.gates.packed import (
     only_plain,
 )
 
-__all__ = ["Conditional", "Planned", "conditional_inference", "fold_and_pack"]
+__all__ = ["Conditional", "Joinable", "Planned", "conditional_inference", "fold_and_pack"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -50,6 +50,14 @@ class Planned(Protocol):
 
     def measure_plan(self, x: Tensor) -> None:
         """Measure the ways for inputs of this shape, and keep which is the fastest for which gates."""
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """An inference twin that is computed together with others of its kind that come after it."""
+
+    def joined(self, modules: nn.Sequential) -> nn.Sequential:
+        """What takes the place of modules that are all of this kind; they stay the same and keep their names."""
 
 
 def conditional_inference(model: _Network, example: Tensor | None = None) -> _Network:
@@ -103,6 +111,7 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
         if isinstance(module, Conditional)
     }
     made = fold_and_pack(made, twins)
+    made = _replaced(made, dict(_joined(made)))
     follow_gates(made)
     made.register_forward_pre_hook(_begin)
     made.register_forward_hook(_end, always_call=True)
@@ -119,6 +128,15 @@ def _replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Mod
             if child is not None and child in others:
                 module._modules[name] = others[child]
     return others.get(model, model)
+
+
+def _joined(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Sequences of twins that are computed together, each with what takes its place."""
+    for module in model.modules():
+        if type(module) is nn.Sequential and len(module) > 1 and not (module._forward_hooks or module._forward_pre_hooks):
+            first = module[0]
+            if isinstance(first, Joinable) and all(type(other) is type(first) for other in module):
+                yield module, first.joined(module)
 
 
 def _begin(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -172,7 +190,8 @@ class _Tracer(fx.Tracer):
 
 
 def fold_and_pack(
-    model: nn.Module, others: Mapping[nn.Module, nn.Module] = MappingProxyType({})
+    model: nn.Module,
+    others: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
 ) -> nn.Module:
     """Replace modules of a model, in place, and all convolutions elsewhere by packed ones.
 

@@ -16,8 +16,8 @@
    Strides and offsets are numbers of floats. */
 
 #include <sched.h>
-#include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -50,8 +50,7 @@ typedef int32_t mask __attribute__((vector_size(4 * LANES)));
 #else
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
-/* The compiler may not know this value, so that it cannot replace one address by a register for each sum of two. */
-#define OPAQUE(value) __asm__("" : "+r"(value))
+
 
 /* Images in memory. */
 typedef struct {
@@ -145,13 +144,6 @@ static void work(void *argument) {
     }
 }
 
-static void run_phases(const phase *phases, int64_t number, parallel run, int64_t threads) {
-    int64_t counters[2][MOST_LAYERS + 2] = {{0}};
-    job j = {phases, number, counters[0], counters[1]};
-    if (run && threads > 1) run(work, &j, (unsigned)threads, 0);
-    else work(&j);
-}
-
 /* A convolution */
 
 typedef struct {
@@ -181,37 +173,37 @@ ALWAYS_INLINE void compute(const int segments, const int vectors, const convolvi
     UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++)
         UNROLL for (int n = 0; n < vectors; n++) sums[s][p][n] = (vector){0};
     int64_t one = (int64_t)sizeof(float) * c->x.pixel, three = 3 * one, five = 5 * one;
+    int64_t size = c->number_of_places * BLOCK * BLOCK; /* of the weights of a block */
     int64_t ahead = c->number_of_places > 4 ? 1 : 4;
     for (int64_t i = 0; i < t->number_of_open; i++) {
         int64_t block = t->open ? t->open[i] : i;
         const float *weight[2];
         /* The weights of a block after this one, which may be far away in memory. */
         int64_t later = i + ahead < t->number_of_open ? (t->open ? t->open[i + ahead] - block : ahead) : 0;
-        later *= c->number_of_places * BLOCK * BLOCK;
+        later *= size;
         UNROLL for (int n = 0; n < vectors; n++)
-            weight[n] = t->weight[n] + block * c->number_of_places * BLOCK * BLOCK;
+            weight[n] = t->weight[n] + block * size;
         for (int64_t place = 0; place < c->number_of_places; place++) {
             int64_t offset = block * c->x.block + c->places[place];
-            const char *x[4];
-            UNROLL for (int s = 0; s < segments; s++) x[s] = (const char *)(t->x[s] + offset);
-            UNROLL for (int k = 0; k < BLOCK; k++) {
-                UNROLL for (int s = 0; s < segments; s++) OPAQUE(x[s]);
-                OPAQUE(one);
-                OPAQUE(three);
-                OPAQUE(five);
+            const float *x[4];
+            UNROLL for (int s = 0; s < segments; s++) x[s] = t->x[s] + offset;
+            for (int64_t k = 0; k < BLOCK; k++) {
                 vector row[2];
-                UNROLL for (int n = 0; n < vectors; n++) row[n] = load(weight[n] + k * BLOCK);
-                UNROLL for (int n = 0; n < vectors; n++) __builtin_prefetch(weight[n] + later + k * BLOCK);
+                UNROLL for (int n = 0; n < vectors; n++) {
+                    row[n] = load(weight[n]);
+                    __builtin_prefetch(weight[n] + later);
+                    weight[n] += BLOCK;
+                }
                 UNROLL for (int s = 0; s < segments; s++) {
+                    const char *at = (const char *)x[s]++;
                     const char *pixel[SEGMENT] = {
-                        x[s], x[s] + one, x[s] + 2 * one, x[s] + three, x[s] + 4 * one, x[s] + five, x[s] + 2 * three};
+                        at, at + one, at + 2 * one, at + three, at + 4 * one, at + five, at + 2 * three};
                     UNROLL for (int p = 0; p < SEGMENT; p++) {
-                        float value = ((const float *)pixel[p])[k];
+                        float value = *(const float *)pixel[p];
                         UNROLL for (int n = 0; n < vectors; n++) sums[s][p][n] += row[n] * value;
                     }
                 }
             }
-            UNROLL for (int n = 0; n < vectors; n++) weight[n] += BLOCK * BLOCK;
         }
     }
     UNROLL for (int n = 0; n < vectors; n++) {
@@ -453,45 +445,76 @@ int64_t needed(const residual *r) {
     return floats;
 }
 
-/* Compute some images: x and other and y are in the order of channels_last; other is NULL if it is a convolution of
-   the block's. */
-void compute_block(const residual *r, int64_t number, float *x, float *other, float *y, float *memory, float *const *logits,
-                   const float *const *forced, parallel run, int64_t threads) {
-    known v = {.r = r, .number = number, .logits = logits, .forced = forced, .sums = memory};
+/* How the phases of a block find what they need. */
+typedef struct {
+    known v;
+    convolving layers[MOST_LAYERS];
+} plan;
+
+/* The phases of a block; gives how many there are. */
+static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t number, float *x, float *other, float *y,
+                         float *memory, float *const *logits, const float *const *forced) {
+    known *v = &p->v;
+    *v = (known){.r = r, .number = number, .logits = logits, .forced = forced, .sums = memory};
     memory += number * PARTS * whole(r->channels);
-    for (int64_t k = 0; k < MOST_BUFFERS; k++) v.buffers[k] = memory, memory += number * whole(r->sizes[k]);
-    v.buffers[X] = x, v.buffers[Y] = y, v.buffers[OTHER] = other;
+    for (int64_t k = 0; k < MOST_BUFFERS; k++) v->buffers[k] = memory, memory += number * whole(r->sizes[k]);
+    v->buffers[X] = x, v->buffers[Y] = y, v->buffers[OTHER] = other;
     for (int64_t k = 0; k < r->number_of_gatings; k++) {
         const gating *g = r->gatings + k;
         int32_t *integers = (int32_t *)memory;
-        v.lists[k] = (opened){integers, integers + number, g->whole_blocks ? NULL : memory + number * whole(1 + g->blocks)};
+        v->lists[k] = (opened){integers, integers + number, g->whole_blocks ? NULL : memory + number * whole(1 + g->blocks)};
         memory += number * floats_of_lists(g);
     }
-    v.part = (r->rows + PARTS - 1) / PARTS;
-    v.parts = (r->rows + v.part - 1) / v.part;
-    phase phases[MOST_LAYERS + 2];
+    v->part = (r->rows + PARTS - 1) / PARTS;
+    v->parts = (r->rows + v->part - 1) / v->part;
     int64_t pairs = (whole(r->channels) / BLOCK + 1) / 2;
-    phases[0] = (phase){&v, prepare_part, number * v.parts * pairs};
-    phases[1] = (phase){&v, decide, number};
-    convolving all[MOST_LAYERS];
+    phases[0] = (phase){v, prepare_part, number * v->parts * pairs};
+    phases[1] = (phase){v, decide, number};
     for (int64_t l = 0; l < r->number_of_layers; l++) {
         const convolution *c = r->layers + l;
         int64_t segments = (c->columns + SEGMENT - 1) / SEGMENT * c->rows;
         /* Small enough to be shared out, a multiple of what is computed together. */
         int64_t part = (segments / 16 + 3) / 4 * 4;
         if (part < 4) part = 4;
-        all[l] = (convolving){
+        p->layers[l] = (convolving){
             .c = c,
-            .in = c->in_gates < 0 ? NULL : v.lists + c->in_gates,
-            .out = c->out_gates < 0 ? NULL : v.lists + c->out_gates,
-            .x = v.buffers[c->x.buffer] + c->x.start,
-            .y = v.buffers[c->y.buffer] + c->y.start,
-            .other = c->other < 0 ? NULL : v.buffers[c->other],
+            .in = c->in_gates < 0 ? NULL : v->lists + c->in_gates,
+            .out = c->out_gates < 0 ? NULL : v->lists + c->out_gates,
+            .x = v->buffers[c->x.buffer] + c->x.start,
+            .y = v->buffers[c->y.buffer] + c->y.start,
+            .other = c->other < 0 ? NULL : v->buffers[c->other],
             .number = number,
             .part = part,
             .parts = (segments + part - 1) / part,
         };
-        phases[2 + l] = (phase){all + l, convolve_part, (c->out_blocks + 1) / 2 * number * all[l].parts};
+        phases[2 + l] = (phase){p->layers + l, convolve_part, (c->out_blocks + 1) / 2 * number * p->layers[l].parts};
     }
-    run_phases(phases, 2 + r->number_of_layers, run, threads);
+    return 2 + r->number_of_layers;
+}
+
+/* Compute blocks, each of what the one before gives, for some images. x, other and y are in the order of channels_last.
+   other: what the first block's branch is added to, or NULL if that is x or a convolution of the block's.
+   memory: for each image what the block needs that needs most, and before that two times the largest of outputs.
+   logits, forced: of all layers of gates of all blocks. Gives whether it was done. */
+int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int64_t number, float *x, float *other, float *y,
+                   float *memory, int64_t output, float *const *logits, const float *const *forced, parallel run,
+                   int64_t threads) {
+    const int64_t most = MOST_LAYERS + 2;
+    plan *plans = calloc((size_t)number_of_blocks, sizeof(plan) + (size_t)most * (sizeof(phase) + 2 * sizeof(int64_t)));
+    if (!plans) return 0;
+    phase *phases = (phase *)(plans + number_of_blocks);
+    int64_t *counters = (int64_t *)(phases + most * number_of_blocks), made = 0;
+    float *between[2] = {memory, memory + number * output};
+    for (int64_t b = 0; b < number_of_blocks; b++) {
+        float *to = b + 1 < number_of_blocks ? between[b % 2] : y;
+        made += make_plan(plans + b, phases + made, blocks[b], number, x, other ? other : x, to,
+                          memory + 2 * number * output, logits, forced);
+        logits += blocks[b]->number_of_gatings, forced += blocks[b]->number_of_gatings;
+        x = to, other = NULL;
+    }
+    job j = {phases, made, counters, counters + made};
+    if (run && threads > 1) run(work, &j, (unsigned)threads, 0);
+    else work(&j);
+    free(plans);
+    return 1;
 }

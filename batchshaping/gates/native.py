@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
+import itertools
 import os
 import platform
 import shutil
@@ -24,7 +24,7 @@ import stat
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from batchshaping.gates.packed import PackedConvolution
 
-__all__ = ["Block", "Gating", "can_compute", "library"]
+__all__ = ["Block", "Blocks", "Gating", "can_compute", "compute", "library"]
 
 BLOCK = 16
 """Channels in a block."""
@@ -64,8 +64,10 @@ def library() -> Any:
             warnings.warn(f"inference is slower, since native code is missing: {error}", stacklevel=2)
         return None
     found.needed.argtypes, found.needed.restype = [_Pointer], _Number
-    found.compute_block.argtypes = [_Pointer, _Number, *[_Pointer] * 7, _Number]
-    found.compute_block.restype = None
+    found.compute_blocks.argtypes = [
+        *(_Pointer, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
+        *(_Pointer, _Pointer, _Pointer, _Number),
+    ]
     return found
 
 
@@ -249,48 +251,47 @@ class Gating(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """How images lie in a buffer: strides in numbers of floats."""
+    """How images lie in a buffer, with a border of zeros around them; strides in numbers of floats."""
 
     channels: int
     height: int
     width: int
-    padding: tuple[int, int] | None  # None: in the order of channels_last, without blocks
+    padding: tuple[int, int] = (0, 0)
+    in_blocks: bool = False  # of channels; else in the order of channels_last
+
+    @property
+    def plane(self) -> int:
+        """Floats of an image, or of a block of channels."""
+        return self.row * (self.height + 2 * self.padding[0])
 
     @property
     def size(self) -> int:
         """Floats of an image."""
-        if self.padding is None:
-            return self.channels * self.height * self.width
-        return _blocks(self.channels) * self.block
-
-    @property
-    def block(self) -> int:
-        """Floats from a block of channels to the next."""
-        if self.padding is None:
-            return BLOCK
-        return BLOCK * (self.height + 2 * self.padding[0]) * (self.width + 2 * self.padding[1])
+        return self.plane * (_blocks(self.channels) if self.in_blocks else 1)
 
     @property
     def pixel(self) -> int:
         """Floats from a pixel to the next."""
-        return self.channels if self.padding is None else BLOCK
+        return BLOCK if self.in_blocks else self.channels
 
     @property
     def row(self) -> int:
         """Floats from a row to the next."""
-        return self.pixel * (self.width + (2 * self.padding[1] if self.padding else 0))
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether there is a border."""
-        return self.padding is not None and self.padding != (0, 0)
+        return self.pixel * (self.width + 2 * self.padding[1])
 
     def images(self, buffer: int, *, inside: bool, steps: tuple[int, int] = (1, 1)) -> _Images:
         """As the library reads it: from the first pixel inside the border, or from that of the border."""
-        top, left = self.padding or (0, 0)
-        start = top * self.row + left * self.pixel if inside else 0
+        top, left = self.padding
         return _Images(
-            buffer, start, self.size, self.block, self.row * steps[0], self.pixel * steps[1], self.channels, top, left
+            buffer,
+            top * self.row + left * self.pixel if inside else 0,
+            self.size,
+            self.plane if self.in_blocks else BLOCK,
+            self.row * steps[0],
+            self.pixel * steps[1],
+            self.channels,
+            top,
+            left,
         )
 
 
@@ -324,17 +325,18 @@ class Block:
         size: tuple[int, int],
     ) -> None:
         self._kept: list[Any] = []
-        first, *_, last = layers
+        first, last = layers[0], layers[-1]
         self.channels, self.outputs = first.weight.shape[1], last.weight.shape[0]
-        given = _Layout(self.channels, *size, None)
+        given = _Layout(self.channels, *size)
         sizes = [size]
         for layer in layers:
             sizes.append(layer.size_of(sizes[-1]))
         self.height, self.width = sizes[-1]
-        wanted = _Layout(self.outputs, *sizes[-1], None)
+        self.size = self.outputs * self.height * self.width
+        wanted = _Layout(self.outputs, *sizes[-1])
         which = [*self._numbers(gates), -1]
         # The input is read where it is, if that needs no zeros around it.
-        copied = _Layout(self.channels, *size, first.settings.padding)
+        copied = _Layout(self.channels, *size, first.settings.padding, in_blocks=True)
         is_copied = not _is_read_in_place(first, size)
         made: list[_Convolution] = []
         self.has_shortcut = shortcut is not None and _is_read_in_place(shortcut, size)
@@ -348,12 +350,12 @@ class Block:
                 other = _Y if self.has_shortcut else _OTHER
                 made.append(self._convolution(layer, *before, wanted, _Y, source, -1, other, relu))
             else:
-                after = _Layout(layer.weight.shape[0], *sizes[k + 1], layers[k + 1].settings.padding)
+                after = _Layout(layer.weight.shape[0], *sizes[k + 1], layers[k + 1].settings.padding, in_blocks=True)
                 made.append(self._convolution(layer, *before, after, _INNER + k, source, which[k], -1, layer.relu))
                 before = after, _INNER + k
                 floats[_INNER + k] = after.size
         gated = [gating for gating in gates if gating is not None]
-        self._gates = [gating.last_bias.shape[0] for gating in gated]
+        self.gates = [gating.last_bias.shape[0] for gating in gated]
         self._residual = _Residual(*size, self.channels, len(made), len(gated))
         for k, convolution in enumerate(made):
             self._residual.layers[k] = convolution
@@ -362,41 +364,25 @@ class Block:
         self._residual.copy = copied.images(_COPY, inside=True)
         for buffer, number in floats.items():
             self._residual.sizes[buffer] = number
-        self._address_of_it = ctypes.addressof(self._residual)
-        self._floats = library().needed(self._address_of_it)
+        self.address = ctypes.addressof(self._residual)
+        self.floats = library().needed(self.address)
 
-    def __call__(self, x: Tensor, other: Tensor | None, forced: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-        """The output of the block, and the logits of its gates.
-
-        Args:
-            x: images in the order of channels_last.
-            other: what the branch is added to, in the same order; None if the block has a shortcut.
-            forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); None
-                where the logits are.
-        """
-        n = len(x)
-        pixels = self.height * self.width
-        y = torch.empty_strided(
-            (n, self.outputs, self.height, self.width),
-            (self.outputs * pixels, 1, self.width * self.outputs, self.outputs),
-            dtype=torch.float32,
-        )
-        logits = [x.new_empty((n, gates)) for gates in self._gates]
-        memory = _take(n * self._floats + _BEYOND)
-        library().compute_block(
-            self._address_of_it,
-            n,
-            x.data_ptr(),
-            None if other is None else other.data_ptr(),
-            y.data_ptr(),
-            memory.data_ptr(),
-            _pointers(logits),
-            _pointers(forced),
-            _parallel(),
-            torch.get_num_threads(),
-        )
-        _give_back(memory)
-        return y, logits
+    @staticmethod
+    def of(
+        layers: Sequence[PackedConvolution],
+        gates: Sequence[Gating | None],
+        shortcut: PackedConvolution | None,
+        relu: bool,
+        size: tuple[int, int],
+    ) -> Block | None:
+        """The block of these arguments, or None if native code does not know such convolutions or sizes."""
+        every = [*layers, *([] if shortcut is None else [shortcut])]
+        sizes = [size, *itertools.accumulate(layers, lambda size, layer: layer.size_of(size), initial=size)]
+        known = all(layer.groups == 1 and layer.weight.dtype is torch.float32 for layer in every)
+        hidden = [gating.last_weight.shape[0] for gating in gates if gating is not None]
+        if not known or min(map(min, sizes)) < 1 or max(hidden, default=0) > _MOST_HIDDEN or len(every) > _MOST_LAYERS:
+            return None
+        return Block(layers, gates, shortcut, relu, size)
 
     # What the library reads
 
@@ -423,7 +409,7 @@ class Block:
         stride, _, dilation, _ = layer.settings
         outputs, inputs, high, wide = layer.weight.shape
         height, width = layer.size_of((x.height, x.width))
-        if (high, wide) == stride == (1, 1) and not x.is_padded and not y.is_padded:
+        if (high, wide) == stride == (1, 1) and not any(x.padding + y.padding):
             # Rows follow each other in memory.
             height, width = 1, height * width
         places = [
@@ -431,7 +417,7 @@ class Block:
             for row in range(high)
             for column in range(wide)
         ]
-        weight, bias = layer.kept("blocks", lambda: [*_in_blocks(layer.weight, layer.bias)])
+        weight, bias = layer.kept("blocks", lambda: _in_blocks(layer.weight, layer.bias))
         return _Convolution(
             self._address(weight),
             self._address(bias),
@@ -471,6 +457,46 @@ class Block:
         return tensor.data_ptr()
 
 
+def compute(
+    blocks: Sequence[Block], x: Tensor, other: Tensor | None, forced: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    """The output of blocks one after the other, and the logits of all their gates.
+
+    Args:
+        blocks: each for the size of what the one before gives.
+        x: images in the order of channels_last.
+        other: what the first block's branch is added to, in the same order; None if that is x, or if the
+            block has a shortcut, as it is for all others.
+        forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); None
+            where the logits are.
+    """
+    n, last = x.shape[0], blocks[-1]
+    y = torch.empty_strided(
+        (n, last.outputs, last.height, last.width), (last.size, 1, last.width * last.outputs, last.outputs)
+    )
+    logits = [torch.empty(n, gates) for block in blocks for gates in block.gates]
+    between = max([block.size for block in blocks[:-1]], default=0)
+    memory = _take(n * (max([block.floats for block in blocks]) + 2 * between) + _BEYOND)
+    done = library().compute_blocks(
+        (_Pointer * len(blocks))(*[block.address for block in blocks]),
+        len(blocks),
+        n,
+        x.data_ptr(),
+        None if other is None else other.data_ptr(),
+        y.data_ptr(),
+        memory.data_ptr(),
+        between,
+        _pointers(logits),
+        _pointers(forced),
+        _parallel(),
+        torch.get_num_threads(),
+    )
+    _give_back(memory)
+    if not done:
+        raise MemoryError("native code found no memory")
+    return y, logits
+
+
 def _is_read_in_place(layer: PackedConvolution, size: tuple[int, int]) -> bool:
     """Whether a convolution can read images in the order of channels_last."""
     height, width = layer.size_of(size)
@@ -492,7 +518,26 @@ def _in_blocks(weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
-    return (_Pointer * _MOST_LAYERS)(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return (_Pointer * (len(tensors) or 1))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+class Blocks(dict[tuple[int, int], tuple[Sequence[object], "Block | None"]]):
+    """A block for the latest sizes of its input; what is copied or pickled of it is empty."""
+
+    def of(self, size: tuple[int, int], made_of: Sequence[object], make: Callable[[], Block | None]) -> Block | None:
+        """The block for a size, which is made anew if it was made of something else."""
+        found = self.get(size)
+        if found is None or found[0] != made_of:
+            while len(self) >= PackedConvolution.SIZES:
+                self.pop(next(iter(self)), None)
+            found = self[size] = made_of, make()
+        return found[1]
+
+    def __deepcopy__(self, memo: object) -> Blocks:
+        return Blocks()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Blocks, ()
 
 
 # Memory that is used again and again: new memory is slow, since the system fills it with zeros.
