@@ -172,6 +172,11 @@ ALWAYS_INLINE void compute(const int segments, const int vectors, const convolvi
     vector sums[4][SEGMENT][2];
     UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++)
         UNROLL for (int n = 0; n < vectors; n++) sums[s][p][n] = (vector){0};
+    UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++) UNROLL for (int n = 0; n < vectors; n++) {
+        int64_t at = t->y[s] + p * c->y.pixel + t->offset[n];
+        __builtin_prefetch(v->y + at, 1);
+        if (v->other) __builtin_prefetch(v->other + at, 0, 2);
+    }
     int64_t one = (int64_t)sizeof(float) * c->x.pixel, three = 3 * one, five = 5 * one;
     int64_t size = c->number_of_places * BLOCK * BLOCK; /* of the weights of a block */
     int64_t ahead = c->number_of_places > 4 ? 1 : 4;
@@ -206,23 +211,29 @@ ALWAYS_INLINE void compute(const int segments, const int vectors, const convolvi
             }
         }
     }
+    /* All loads before all stores, since pixels may be whole pages apart, where one waits for the other. */
     UNROLL for (int n = 0; n < vectors; n++) {
-        int64_t channel = t->channel[n];
+        int64_t channel = t->channel[n], valid = c->y.channels - channel;
         vector bias = load(c->bias + channel);
-        int64_t valid = c->y.channels - channel;
+        UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++) {
+            sums[s][p][n] += bias;
+            if (!v->other || p < t->first[s] || p >= t->end[s]) continue;
+            const float *other = v->other + t->y[s] + p * c->y.pixel + t->offset[n];
+            if (valid >= LANES) sums[s][p][n] += load(other);
+            else for (int64_t k = 0; k < valid; k++) sums[s][p][n][k] += other[k];
+        }
+    }
+    UNROLL for (int n = 0; n < vectors; n++) {
+        int64_t channel = t->channel[n], valid = c->y.channels - channel;
         UNROLL for (int s = 0; s < segments; s++) UNROLL for (int p = 0; p < SEGMENT; p++) {
             if (p < t->first[s] || p >= t->end[s]) continue;
-            int64_t at = t->y[s] + p * c->y.pixel + t->offset[n];
-            vector sum = sums[s][p][n] + bias;
-            if (v->other) {
-                if (valid >= LANES) sum += load(v->other + at);
-                else for (int64_t k = 0; k < valid; k++) sum[k] += v->other[at + k];
-            }
+            vector sum = sums[s][p][n];
             /* What is no number stays none. */
             if (c->relu) sum = (vector)((mask)sum & ~(sum < (vector){0}));
             if (t->mask) sum *= load(t->mask + channel);
-            if (valid >= LANES) store(v->y + at, sum);
-            else for (int64_t k = 0; k < valid; k++) v->y[at + k] = sum[k];
+            float *y = v->y + t->y[s] + p * c->y.pixel + t->offset[n];
+            if (valid >= LANES) store(y, sum);
+            else for (int64_t k = 0; k < valid; k++) y[k] = sum[k];
         }
     }
 }
@@ -387,10 +398,20 @@ static void prepare_part(const void *what, int64_t task) {
 }
 
 static void multiply(const float *x, int64_t inputs, const float *weight, const float *bias, float scale, float *y, int64_t outputs) {
-    for (int64_t k = 0; k < outputs; k++) y[k] = 0;
-    for (int64_t i = 0; i < inputs; i++)
-        for (int64_t k = 0; k < outputs; k++) y[k] += x[i] * weight[i * outputs + k];
-    for (int64_t k = 0; k < outputs; k++) y[k] = y[k] * scale + bias[k];
+    int64_t k = 0;
+    for (; k + LANES <= outputs; k += LANES) {
+        vector sums[4] = {{0}};
+        int64_t i = 0;
+        for (; i + 4 <= inputs; i += 4)
+            UNROLL for (int n = 0; n < 4; n++) sums[n] += x[i + n] * load(weight + (i + n) * outputs + k);
+        for (; i < inputs; i++) sums[0] += x[i] * load(weight + i * outputs + k);
+        store(y + k, (sums[0] + sums[1] + (sums[2] + sums[3])) * scale + load(bias + k));
+    }
+    for (; k < outputs; k++) {
+        float sum = 0;
+        for (int64_t i = 0; i < inputs; i++) sum += x[i] * weight[i * outputs + k];
+        y[k] = sum * scale + bias[k];
+    }
 }
 
 /* Which blocks of an image are open. */
@@ -415,7 +436,7 @@ static void decide(const void *what, int64_t image) {
     int64_t channels = (r->channels + BLOCK - 1) / BLOCK * BLOCK;
     float *sums = v->sums + image * v->parts * channels;
     for (int64_t part = 1; part < v->parts; part++)
-        for (int64_t k = 0; k < channels; k++) sums[k] += sums[part * channels + k];
+        for (int64_t k = 0; k < channels; k += LANES) store(sums + k, load(sums + k) + load(sums + part * channels + k));
     for (int64_t k = r->number_of_gatings - 1; k >= 0; k--) {
         const gating *g = r->gatings + k;
         float hidden[MOST_HIDDEN];
