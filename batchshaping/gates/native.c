@@ -90,6 +90,7 @@ enum { X, COPY, Y, OTHER, INNER };
 /* A residual block: convolutions one after the other, and gates that read the input. */
 typedef struct {
     int64_t rows, columns, channels; /* of the input */
+    int64_t output;                  /* floats of an image of the output */
     int64_t number_of_layers, number_of_gatings;
     convolution layers[MOST_LAYERS];
     gating gatings[MOST_LAYERS];
@@ -338,7 +339,8 @@ static void convolve_part(const void *what, int64_t task) {
 /* What is known of the images of a call. */
 typedef struct {
     const residual *r;
-    int64_t number, part, parts; /* images, rows in a part of an image, and parts */
+    int64_t first, number; /* images */
+    int64_t part, parts;   /* rows in a part of an image, and parts */
     float *buffers[MOST_BUFFERS];
     float *sums; /* [image][part][channels, in whole blocks] */
     float *const *logits;
@@ -421,7 +423,7 @@ static void find_open(const gating *g, const float *positive, int64_t image, ope
         int any = 0;
         for (int64_t k = 0; k < (g->whole_blocks ? 1 : BLOCK); k++) {
             int32_t gate = g->of_channel[block * BLOCK + k];
-            int is_open = gate < 0 || positive[image * g->number + gate] > 0;
+            int is_open = gate < 0 || positive[gate] > 0;
             any |= is_open;
             if (o->mask) o->mask[(image * g->blocks + block) * BLOCK + k] = (float)is_open;
         }
@@ -440,11 +442,11 @@ static void decide(const void *what, int64_t image) {
     for (int64_t k = r->number_of_gatings - 1; k >= 0; k--) {
         const gating *g = r->gatings + k;
         float hidden[MOST_HIDDEN];
-        float *logits = v->logits[k] + image * g->number;
+        float *logits = v->logits[k] + (v->first + image) * g->number;
         multiply(sums, r->channels, g->first_weight, g->first_bias, 1.0f / (float)(r->rows * r->columns), hidden, g->hidden);
         for (int64_t i = 0; i < g->hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
         multiply(hidden, g->hidden, g->last_weight, g->last_bias, 1, logits, g->number);
-        find_open(g, v->forced[k] ? v->forced[k] : v->logits[k], image, v->lists + k);
+        find_open(g, v->forced[k] ? v->forced[k] + (v->first + image) * g->number : logits, image, v->lists + k);
         /* What is not read later is not computed. */
         if (k + 1 < r->number_of_gatings && !v->lists[k + 1].count[image]) v->lists[k].count[image] = 0;
     }
@@ -473,10 +475,10 @@ typedef struct {
 } plan;
 
 /* The phases of a block; gives how many there are. */
-static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t number, float *x, float *other, float *y,
+static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t first, int64_t number, float *x, float *other, float *y,
                          float *memory, float *const *logits, const float *const *forced) {
     known *v = &p->v;
-    *v = (known){.r = r, .number = number, .logits = logits, .forced = forced, .sums = memory};
+    *v = (known){.r = r, .first = first, .number = number, .logits = logits, .forced = forced, .sums = memory};
     memory += number * PARTS * whole(r->channels);
     for (int64_t k = 0; k < MOST_BUFFERS; k++) v->buffers[k] = memory, memory += number * whole(r->sizes[k]);
     v->buffers[X] = x, v->buffers[Y] = y, v->buffers[OTHER] = other;
@@ -515,27 +517,36 @@ static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t numb
 
 /* Compute blocks, each of what the one before gives, for some images. x, other and y are in the order of channels_last.
    other: what the first block's branch is added to, or NULL if that is x or a convolution of the block's.
-   memory: for each image what the block needs that needs most, and before that two times the largest of outputs.
+   together: how many images are computed together; with few, they stay in the caches.
+   memory: for each of those, what the block needs that needs most, and before that two times the largest output.
    logits, forced: of all layers of gates of all blocks. Gives whether it was done. */
-int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int64_t number, float *x, float *other, float *y,
-                   float *memory, int64_t output, float *const *logits, const float *const *forced, parallel run,
-                   int64_t threads) {
+int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int64_t number, int64_t together, float *x,
+                   float *other, float *y, float *memory, int64_t output, float *const *logits,
+                   const float *const *forced, parallel run, int64_t threads) {
     const int64_t most = MOST_LAYERS + 2;
-    plan *plans = calloc((size_t)number_of_blocks, sizeof(plan) + (size_t)most * (sizeof(phase) + 2 * sizeof(int64_t)));
+    const residual *last = blocks[number_of_blocks - 1];
+    size_t of_block = sizeof(plan) + (size_t)most * (sizeof(phase) + 2 * sizeof(int64_t));
+    plan *plans = malloc((size_t)number_of_blocks * of_block);
     if (!plans) return 0;
     phase *phases = (phase *)(plans + number_of_blocks);
-    int64_t *counters = (int64_t *)(phases + most * number_of_blocks), made = 0;
-    float *between[2] = {memory, memory + number * output};
-    for (int64_t b = 0; b < number_of_blocks; b++) {
-        float *to = b + 1 < number_of_blocks ? between[b % 2] : y;
-        made += make_plan(plans + b, phases + made, blocks[b], number, x, other ? other : x, to,
-                          memory + 2 * number * output, logits, forced);
-        logits += blocks[b]->number_of_gatings, forced += blocks[b]->number_of_gatings;
-        x = to, other = NULL;
+    int64_t *counters = (int64_t *)(phases + most * number_of_blocks);
+    float *between[2] = {memory, memory + together * output};
+    for (int64_t first = 0; first < number; first += together) {
+        int64_t now = first + together < number ? together : number - first, made = 0, gatings = 0;
+        float *from = x + first * blocks[0]->rows * blocks[0]->columns * blocks[0]->channels;
+        float *add = other ? other + first * last->output : from;
+        for (int64_t b = 0; b < number_of_blocks; b++) {
+            float *to = b + 1 < number_of_blocks ? between[b % 2] : y + first * last->output;
+            made += make_plan(plans + b, phases + made, blocks[b], first, now, from, add, to,
+                              memory + 2 * together * output, logits + gatings, forced + gatings);
+            gatings += blocks[b]->number_of_gatings;
+            from = add = to;
+        }
+        memset(counters, 0, sizeof(int64_t) * 2 * (size_t)made);
+        job j = {phases, made, counters, counters + made};
+        if (run && threads > 1) run(work, &j, (unsigned)threads, 0);
+        else work(&j);
     }
-    job j = {phases, made, counters, counters + made};
-    if (run && threads > 1) run(work, &j, (unsigned)threads, 0);
-    else work(&j);
     free(plans);
     return 1;
 }

@@ -65,7 +65,7 @@ def library() -> Any:
         return None
     found.needed.argtypes, found.needed.restype = [_Pointer], _Number
     found.compute_blocks.argtypes = [
-        *(_Pointer, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
+        *(_Pointer, _Number, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
         *(_Pointer, _Pointer, _Pointer, _Number),
     ]
     return found
@@ -221,7 +221,7 @@ _X, _COPY, _Y, _OTHER, _INNER = 0, 1, 2, 3, 4
 
 class _Residual(ctypes.Structure):
     _fields_ = [
-        *((name, _Number) for name in ("rows", "columns", "channels", "number_of_layers", "number_of_gatings")),
+        *((name, _Number) for name in ("rows", "columns", "channels", "output", "number_of_layers", "number_of_gatings")),
         ("layers", _Convolution * _MOST_LAYERS),
         ("gatings", _Gating * _MOST_LAYERS),
         ("copy", _Images),
@@ -356,7 +356,7 @@ class Block:
                 floats[_INNER + k] = after.size
         gated = [gating for gating in gates if gating is not None]
         self.gates = [gating.last_bias.shape[0] for gating in gated]
-        self._residual = _Residual(*size, self.channels, len(made), len(gated))
+        self._residual = _Residual(*size, self.channels, self.size, len(made), len(gated))
         for k, convolution in enumerate(made):
             self._residual.layers[k] = convolution
         for k, gating in enumerate(gated):
@@ -476,11 +476,14 @@ def compute(
     )
     logits = [torch.empty(n, gates) for block in blocks for gates in block.gates]
     between = max([block.size for block in blocks[:-1]], default=0)
-    memory = _take(n * (max([block.floats for block in blocks]) + 2 * between) + _BEYOND)
+    floats = max([block.floats for block in blocks]) + 2 * between
+    together = min(n, max(1, _CACHED // floats))
+    memory = _take(together * floats + _BEYOND)
     done = library().compute_blocks(
         (_Pointer * len(blocks))(*[block.address for block in blocks]),
         len(blocks),
         n,
+        together,
         x.data_ptr(),
         None if other is None else other.data_ptr(),
         y.data_ptr(),
@@ -543,6 +546,9 @@ class Blocks(dict[tuple[int, int], tuple[Sequence[object], "Block | None"]]):
 # Memory that is used again and again: new memory is slow, since the system fills it with zeros.
 
 _spare: list[Tensor] = []
+
+_CACHED = 2**20
+"""Floats that stay in a cache while a few images are computed."""
 
 _BEYOND = 4096
 """Floats that may be read beyond the end, by segments that are longer than a row."""
