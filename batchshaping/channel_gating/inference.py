@@ -26,7 +26,7 @@ import math
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -502,7 +502,7 @@ class ConditionalBlock(OneStep):
     ) -> None:
         super().__init__()
         self.plans: dict[tuple[int, ...], tuple[tuple[float, str], ...]] = {}
-        self._native_blocks = native.Blocks()
+        self._native = native.Blocks()
         self._inner: list[_Inner] = []
         names: list[str | None] = [None]
         for step in steps:
@@ -549,7 +549,7 @@ class ConditionalBlock(OneStep):
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
         if not is_plain() and native.can_compute(x):
-            block = self.native((x.shape[2], x.shape[3]))
+            block = self.native_for(x.shape)
             if block is not None:
                 return self._by_native(block, x)
         # Sums are exact in half precision too, and the gates divide them.
@@ -585,10 +585,12 @@ class ConditionalBlock(OneStep):
         """Whether native code computes all of the block, and nobody watches it."""
         return self._relu and not self._forward_hooks and not self._forward_pre_hooks
 
-    def native(self, size: tuple[int, int]) -> native.Block | None:
-        """The block in native code for images of a size, or None where there is none."""
+    def native_for(self, shape: tuple[int, ...]) -> native.Block | None:
+        """The block in native code for images of a shape, or None where there is none."""
+        _, channels, height, width = shape
         generations = [layer.generation for layer in self._layers]
-        return self._native_blocks.of(size, generations, lambda: self._make_native(size))
+        found = self._native.of((height, width), generations, lambda: self._make_native((height, width)))
+        return found if found is not None and found.channels == channels else None
 
     def _make_native(self, size: tuple[int, int]) -> native.Block | None:
         if self.end is not None or any(inner.activation is not None for inner in self._inner):
@@ -599,7 +601,13 @@ class ConditionalBlock(OneStep):
             if isinstance(first, PackedConvolution) and all(type(layer) is nn.Identity for layer in rest):
                 shortcut = first
         gates = [inner.gate.gating() for inner in self._inner]
-        return native.Block.of(self._layers, gates, shortcut, self._relu, size)
+        found = native.Block.of(self._layers, gates, shortcut, self._relu, size)
+        # What does not fit is an error elsewhere.
+        is_fitting = found is not None and (found.outputs, found.height, found.width) == (
+            found.channels,
+            *size,
+        )
+        return found if is_fitting or self.downsample is not None else None
 
     def _plain(self, x: Tensor, sums: Tensor, scale: float) -> Tensor:
         """All channels, or a branch for each gate, by operations that can be counted, compiled, exported."""
@@ -768,14 +776,14 @@ class ConditionalBlocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if type(x) is not Tensor or is_plain() or not native.can_compute(x):
-            return super().forward(x)  # type: ignore[no-any-return]
-        blocks, made, size = [*self], [], (x.shape[2], x.shape[3])
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+        blocks, made, shape = [*self], [], tuple(x.shape)
         for block in blocks:
-            found = block.native(size) if block.is_whole else None
+            found = block.native_for(shape) if block.is_whole else None
             if found is None or not (found.has_shortcut or block.downsample is None):
-                return super().forward(x)  # type: ignore[no-any-return]
+                return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
             made.append(found)
-            size = (found.height, found.width)
+            shape = (shape[0], found.outputs, found.height, found.width)
         gates = [gate for block in blocks for gate in block.folded_gates]
         forced = [gate.forced_for(x.shape[0]) for gate in gates]
         y, logits = native.compute(made, channels_last(x), None, forced)

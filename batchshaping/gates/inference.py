@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 
+from batchshaping.gates import native
 from batchshaping.gates.gate import Gate, follow_gates
 from batchshaping.gates.packed import (
     PackedConvolution,
@@ -57,7 +58,7 @@ class Joinable(Protocol):
     """An inference twin that is computed together with others of its kind that come after it."""
 
     def joined(self, modules: nn.Sequential) -> nn.Sequential:
-        """What takes the place of modules that are all of this kind; they stay the same and keep their names."""
+        """What takes the place of modules that are all of this kind; they keep their names."""
 
 
 def conditional_inference(model: _Network, example: Tensor | None = None) -> _Network:
@@ -112,6 +113,7 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
     }
     made = fold_and_pack(made, twins)
     made = _replaced(made, dict(_joined(made)))
+    native.library()  # So that no call waits for the compiler.
     follow_gates(made)
     made.register_forward_pre_hook(_begin)
     made.register_forward_hook(_end, always_call=True)
@@ -133,7 +135,11 @@ def _replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Mod
 def _joined(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Sequences of twins that are computed together, each with what takes its place."""
     for module in model.modules():
-        if type(module) is nn.Sequential and len(module) > 1 and not (module._forward_hooks or module._forward_pre_hooks):
+        if (
+            type(module) is nn.Sequential
+            and len(module) > 1
+            and not (module._forward_hooks or module._forward_pre_hooks)
+        ):
             first = module[0]
             if isinstance(first, Joinable) and all(type(other) is type(first) for other in module):
                 yield module, first.joined(module)

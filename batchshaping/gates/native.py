@@ -1,11 +1,11 @@
 r"""Residual blocks for inference in C, which compute the open channels only.
 
 Every call of an operation of PyTorch takes longer than a slice of a convolution with few channels, and each
-slice is less efficient than the whole. So ``native.c`` computes a residual block in two calls: one gives the
-logits of its gates, the other all of its convolutions. Channels are in blocks of 16, and a block that is closed is
-simply not in the list of what is computed.
+slice is less efficient than the whole. So ``native.c`` computes residual blocks, one after the other, in one
+call: the gates, the shortcut, the convolutions and the sum. Channels are in blocks of 16, and a block of
+channels that is closed is simply not in the list of what is computed.
 
-The file is compiled at its first use, in a second or three, by the C compiler of this machine (``CC``, else gcc,
+The file is compiled at its first use, in two seconds, by the C compiler of this machine (``CC``, else gcc,
 clang or cc), for its processor. The library is kept in the user's cache (``$XDG_CACHE_HOME/batchshaping``,
 else ``~/.cache/batchshaping``), which nobody else may write to, under a name that follows from the file, the
 compiler and the processor. Where there is no compiler, or with ``BATCHSHAPING_NATIVE=0`` in the environment,
@@ -36,7 +36,7 @@ from batchshaping.gates.packed import PackedConvolution
 
 __all__ = ["Block", "Blocks", "Gating", "can_compute", "compute", "library"]
 
-BLOCK = 16
+_BLOCK = 16
 """Channels in a block."""
 
 _SEGMENT = 7
@@ -57,11 +57,13 @@ def library() -> Any:
     """
     if os.environ.get("BATCHSHAPING_NATIVE") == "0" or os.name != "posix":
         return None
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC", "gcc"), "clang", "cc"])), None)
+    if compiler is None:
+        return None
     try:
-        found = ctypes.CDLL(str(_compiled()))
-    except (OSError, _NotCompiled) as error:
-        if shutil.which("cc") or os.environ.get("CC"):
-            warnings.warn(f"inference is slower, since native code is missing: {error}", stacklevel=2)
+        found = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"inference is slower than it could be, without native code: {error}", stacklevel=2)
         return None
     found.needed.argtypes, found.needed.restype = [_Pointer], _Number
     found.compute_blocks.argtypes = [
@@ -74,25 +76,16 @@ def library() -> Any:
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
 
 
-class _NotCompiled(Exception):
-    """There is no library, and why."""
-
-
-def _compiled() -> Path:
+def _compiled(compiler: str) -> Path:
     """The library in the user's cache."""
     source = Path(__file__).with_suffix(".c")
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC", "gcc"), "clang", "cc"])), None)
-    if compiler is None:
-        raise _NotCompiled("there is no C compiler")
     made = os.stat(compiler)
     parts = (source.read_bytes(), compiler, made.st_size, made.st_mtime_ns, _FLAGS, _processor())
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     path = _cache() / f"{name}.so"
     if not path.exists():
         _compile(compiler, source, path)
-    if not _is_ours(path):
-        raise _NotCompiled(f"{path} can be written to by others")
-    return path
+    return _ours(path)
 
 
 _FLAGS = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-shared")
@@ -112,7 +105,7 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
                 made.replace(path)
                 return
             said = said or done.stderr.strip()
-    raise _NotCompiled(f"{compiler} failed: {said.splitlines()[0] if said else 'without a word'}")
+    raise RuntimeError(f"{compiler} failed: {said.splitlines()[0] if said else 'without a word'}")
 
 
 def _cache() -> Path:
@@ -120,15 +113,15 @@ def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(base) if base else Path.home() / ".cache") / "batchshaping"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_ours(folder):
-        raise _NotCompiled(f"{folder} can be written to by others")
-    return folder
+    return _ours(folder)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file or folder belongs to this user, who alone can write to it."""
+def _ours(path: Path) -> Path:
+    """A file or folder that belongs to this user, who alone can write to it."""
     found = path.stat()
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RuntimeError(f"{path} must belong to this user alone, received one that others can write to")
+    return path
 
 
 def _processor() -> str:
@@ -137,7 +130,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.platform() + platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))}))
+    return "".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))})
+    )
 
 
 @lru_cache(maxsize=1)
@@ -216,12 +211,15 @@ class _Gating(ctypes.Structure):
 _MOST_LAYERS = 8
 
 _X, _COPY, _Y, _OTHER, _INNER = 0, 1, 2, 3, 4
-"""Buffers: the input, its copy in blocks, the output, what is added to it, and what is between convolutions."""
+"""Buffers: the input, its copy in blocks, the output, what is added, and what is between convolutions."""
 
 
 class _Residual(ctypes.Structure):
     _fields_ = [
-        *((name, _Number) for name in ("rows", "columns", "channels", "output", "number_of_layers", "number_of_gatings")),
+        *(
+            (name, _Number)
+            for name in ("rows", "columns", "channels", "output", "number_of_layers", "number_of_gatings")
+        ),
         ("layers", _Convolution * _MOST_LAYERS),
         ("gatings", _Gating * _MOST_LAYERS),
         ("copy", _Images),
@@ -272,7 +270,7 @@ class _Layout(NamedTuple):
     @property
     def pixel(self) -> int:
         """Floats from a pixel to the next."""
-        return BLOCK if self.in_blocks else self.channels
+        return _BLOCK if self.in_blocks else self.channels
 
     @property
     def row(self) -> int:
@@ -286,7 +284,7 @@ class _Layout(NamedTuple):
             buffer,
             top * self.row + left * self.pixel if inside else 0,
             self.size,
-            self.plane if self.in_blocks else BLOCK,
+            self.plane if self.in_blocks else _BLOCK,
             self.row * steps[0],
             self.pixel * steps[1],
             self.channels,
@@ -296,7 +294,21 @@ class _Layout(NamedTuple):
 
 
 def _blocks(channels: int) -> int:
-    return -(-channels // BLOCK)
+    return -(-channels // _BLOCK)
+
+
+class _End(NamedTuple):
+    """Where a convolution reads or writes.
+
+    Attributes:
+        layout: of the images.
+        buffer: in which they are.
+        gates: number of the layer of gates that switches their channels, or -1.
+    """
+
+    layout: _Layout
+    buffer: int
+    gates: int = -1
 
 
 class Block:
@@ -309,11 +321,13 @@ class Block:
         relu: whether a ReLU comes after the sum.
         size: height and width of the input.
 
-    Example:
-        >>> layers = [PackedConvolution(torch.nn.Conv2d(16, 16, 3, padding=1), relu=relu) for relu in (True, False)]
-        >>> block = Block(layers, [None], None, relu=False, size=(8, 8))
-        >>> block.height, block.width
-        (8, 8)
+    Attributes:
+        channels: of the input.
+        outputs: channels of the output.
+        height: of the output.
+        width: of the output.
+        gates: how many gates each layer of gates has.
+        has_shortcut: whether the shortcut is computed too, and not left to others.
     """
 
     def __init__(
@@ -324,47 +338,43 @@ class Block:
         relu: bool,
         size: tuple[int, int],
     ) -> None:
-        self._kept: list[Any] = []
-        first, last = layers[0], layers[-1]
-        self.channels, self.outputs = first.weight.shape[1], last.weight.shape[0]
-        given = _Layout(self.channels, *size)
-        sizes = [size]
-        for layer in layers:
-            sizes.append(layer.size_of(sizes[-1]))
+        self._kept: list[Tensor] = []
+        *inner, last = layers
+        sizes = [*itertools.accumulate(layers, lambda size, layer: layer.size_of(size), initial=size)]
+        self.channels, self.outputs = layers[0].weight.shape[1], last.weight.shape[0]
         self.height, self.width = sizes[-1]
         self.size = self.outputs * self.height * self.width
-        wanted = _Layout(self.outputs, *sizes[-1])
-        which = [*self._numbers(gates), -1]
-        # The input is read where it is, if that needs no zeros around it.
-        copied = _Layout(self.channels, *size, first.settings.padding, in_blocks=True)
-        is_copied = not _is_read_in_place(first, size)
-        made: list[_Convolution] = []
+        given, wanted = _End(_Layout(self.channels, *size), _X), _End(_Layout(self.outputs, *sizes[-1]), _Y)
+        made = _Residual(*size, self.channels, self.size)
+        convolutions: list[_Convolution] = []
         self.has_shortcut = shortcut is not None and _is_read_in_place(shortcut, size)
         if shortcut is not None and self.has_shortcut:
-            made.append(self._convolution(shortcut, given, _X, wanted, _Y, -1, -1, -1, shortcut.relu))
-        before = (copied, _COPY) if is_copied else (given, _X)
-        floats = {_COPY: is_copied * copied.size}
-        for k, layer in enumerate(layers):
-            source = which[k - 1] if k else -1
-            if k == len(layers) - 1:
-                other = _Y if self.has_shortcut else _OTHER
-                made.append(self._convolution(layer, *before, wanted, _Y, source, -1, other, relu))
-            else:
-                after = _Layout(layer.weight.shape[0], *sizes[k + 1], layers[k + 1].settings.padding, in_blocks=True)
-                made.append(self._convolution(layer, *before, after, _INNER + k, source, which[k], -1, layer.relu))
-                before = after, _INNER + k
-                floats[_INNER + k] = after.size
-        gated = [gating for gating in gates if gating is not None]
-        self.gates = [gating.last_bias.shape[0] for gating in gated]
-        self._residual = _Residual(*size, self.channels, self.size, len(made), len(gated))
-        for k, convolution in enumerate(made):
-            self._residual.layers[k] = convolution
-        for k, gating in enumerate(gated):
-            self._residual.gatings[k] = self._gating(gating)
-        self._residual.copy = copied.images(_COPY, inside=True)
-        for buffer, number in floats.items():
-            self._residual.sizes[buffer] = number
-        self.address = ctypes.addressof(self._residual)
+            convolutions.append(self._convolution(shortcut, given, wanted, -1, shortcut.relu))
+        # The input is read where it is, if that needs no zeros around it.
+        copied = _Layout(self.channels, *size, layers[0].settings.padding, in_blocks=True)
+        made.copy = copied.images(_COPY, inside=True)
+        before = given
+        if not _is_read_in_place(layers[0], size):
+            before = _End(copied, _COPY)
+            made.sizes[_COPY] = copied.size
+        gatings = [gating for gating in gates if gating is not None]
+        numbers = itertools.count()
+        for k, layer in enumerate(inner):
+            padding = layers[k + 1].settings.padding
+            layout = _Layout(layer.weight.shape[0], *sizes[k + 1], padding, in_blocks=True)
+            after = _End(layout, _INNER + k, -1 if gates[k] is None else next(numbers))
+            convolutions.append(self._convolution(layer, before, after, -1, layer.relu))
+            made.sizes[after.buffer] = layout.size
+            before = after
+        convolutions.append(
+            self._convolution(last, before, wanted, _Y if self.has_shortcut else _OTHER, relu)
+        )
+        made.number_of_layers, made.number_of_gatings = len(convolutions), len(gatings)
+        made.layers[: len(convolutions)] = convolutions
+        made.gatings[: len(gatings)] = [*map(self._gating, gatings)]
+        self.gates = [gating.last_bias.shape[0] for gating in gatings]
+        self._made = made
+        self.address = ctypes.addressof(made)
         self.floats = library().needed(self.address)
 
     @staticmethod
@@ -377,38 +387,28 @@ class Block:
     ) -> Block | None:
         """The block of these arguments, or None if native code does not know such convolutions or sizes."""
         every = [*layers, *([] if shortcut is None else [shortcut])]
-        sizes = [size, *itertools.accumulate(layers, lambda size, layer: layer.size_of(size), initial=size)]
-        known = all(layer.groups == 1 and layer.weight.dtype is torch.float32 for layer in every)
-        hidden = [gating.last_weight.shape[0] for gating in gates if gating is not None]
-        if not known or min(map(min, sizes)) < 1 or max(hidden, default=0) > _MOST_HIDDEN or len(every) > _MOST_LAYERS:
-            return None
-        return Block(layers, gates, shortcut, relu, size)
+        sizes = itertools.accumulate(layers, lambda size, layer: layer.size_of(size), initial=size)
+        gatings = [gating for gating in gates if gating is not None]
+        weights = [layer.weight for layer in every]
+        weights += [weight for gating in gatings for weight in gating[1:]]
+        is_known = (
+            all(layer.groups == 1 for layer in every)
+            and all(weight.is_cpu and weight.dtype is torch.float32 for weight in weights)
+            and all(gating.last_weight.shape[0] <= _MOST_HIDDEN for gating in gatings)
+            and min(map(min, sizes)) > 0
+            and len(every) <= _MOST_LAYERS
+        )
+        return Block(layers, gates, shortcut, relu, size) if is_known else None
 
     # What the library reads
 
-    @staticmethod
-    def _numbers(gates: Sequence[Gating | None]) -> Iterator[int]:
-        """Which layer of gates each is, or -1."""
-        number = 0
-        for gating in gates:
-            yield -1 if gating is None else number
-            number += gating is not None
-
     def _convolution(
-        self,
-        layer: PackedConvolution,
-        x: _Layout,
-        source: int,
-        y: _Layout,
-        target: int,
-        in_gates: int,
-        out_gates: int,
-        other: int,
-        relu: bool,
+        self, layer: PackedConvolution, source: _End, target: _End, other: int, relu: bool
     ) -> _Convolution:
+        x, y = source.layout, target.layout
         stride, _, dilation, _ = layer.settings
         outputs, inputs, high, wide = layer.weight.shape
-        height, width = layer.size_of((x.height, x.width))
+        height, width = y.height, y.width
         if (high, wide) == stride == (1, 1) and not any(x.padding + y.padding):
             # Rows follow each other in memory.
             height, width = 1, height * width
@@ -423,14 +423,14 @@ class Block:
             self._address(bias),
             self._address(torch.tensor(places)),
             len(places),
-            x.images(source, inside=False, steps=stride),
-            y.images(target, inside=True),
+            x.images(source.buffer, inside=False, steps=stride),
+            y.images(target.buffer, inside=True),
             _blocks(inputs),
             _blocks(outputs),
             height,
             width,
-            in_gates,
-            out_gates,
+            source.gates,
+            target.gates,
             other,
             relu,
         )
@@ -440,8 +440,8 @@ class Block:
         of_channel = [
             gate if gate < gates else -1 for gate, size in enumerate(gating.sizes) for _ in range(size)
         ]
-        of_channel += of_channel[-1:] * (-len(of_channel) % BLOCK)
-        blocks = [{*of_channel[at : at + BLOCK]} for at in range(0, len(of_channel), BLOCK)]
+        of_channel += of_channel[-1:] * (-len(of_channel) % _BLOCK)
+        blocks = [{*of_channel[at : at + _BLOCK]} for at in range(0, len(of_channel), _BLOCK)]
         return _Gating(
             hidden,
             gates,
@@ -472,9 +472,12 @@ def compute(
     """
     n, last = x.shape[0], blocks[-1]
     y = torch.empty_strided(
-        (n, last.outputs, last.height, last.width), (last.size, 1, last.width * last.outputs, last.outputs)
+        (n, last.outputs, last.height, last.width),
+        (last.size, 1, last.width * last.outputs, last.outputs),
+        dtype=torch.float32,
+        device="cpu",
     )
-    logits = [torch.empty(n, gates) for block in blocks for gates in block.gates]
+    logits = [_memory(n, gates) for block in blocks for gates in block.gates]
     between = max([block.size for block in blocks[:-1]], default=0)
     floats = max([block.floats for block in blocks]) + 2 * between
     together = min(n, max(1, _CACHED // floats))
@@ -505,15 +508,15 @@ def _is_read_in_place(layer: PackedConvolution, size: tuple[int, int]) -> bool:
     height, width = layer.size_of(size)
     if layer.weight.shape[2:] == (1, 1) and layer.settings.stride == (1, 1):
         width *= height
-    return layer.settings.padding == (0, 0) and layer.weight.shape[1] % BLOCK == 0 and width >= _SEGMENT
+    return layer.settings.padding == (0, 0) and layer.weight.shape[1] % _BLOCK == 0 and width >= _SEGMENT
 
 
 def _in_blocks(weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
     """Weight and bias in blocks, with zeros for channels that are none."""
     outputs, inputs, high, wide = weight.shape
-    whole = weight.new_zeros(_blocks(outputs) * BLOCK, _blocks(inputs) * BLOCK, high * wide)
+    whole = weight.new_zeros(_blocks(outputs) * _BLOCK, _blocks(inputs) * _BLOCK, high * wide)
     whole[:outputs, :inputs] = weight.flatten(2)
-    parts = whole.view(_blocks(outputs), BLOCK, _blocks(inputs), BLOCK, high * wide)
+    parts = whole.view(_blocks(outputs), _BLOCK, _blocks(inputs), _BLOCK, high * wide)
     yield parts.permute(0, 2, 4, 3, 1).contiguous()
     of_blocks = bias.new_zeros(len(whole))
     of_blocks[:outputs] = bias
@@ -521,13 +524,17 @@ def _in_blocks(weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
-    return (_Pointer * (len(tensors) or 1))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return (_Pointer * (len(tensors) or 1))(
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    )
 
 
 class Blocks(dict[tuple[int, int], tuple[Sequence[object], "Block | None"]]):
     """A block for the latest sizes of its input; what is copied or pickled of it is empty."""
 
-    def of(self, size: tuple[int, int], made_of: Sequence[object], make: Callable[[], Block | None]) -> Block | None:
+    def of(
+        self, size: tuple[int, int], made_of: Sequence[object], make: Callable[[], Block | None]
+    ) -> Block | None:
         """The block for a size, which is made anew if it was made of something else."""
         found = self.get(size)
         if found is None or found[0] != made_of:
@@ -547,6 +554,8 @@ class Blocks(dict[tuple[int, int], tuple[Sequence[object], "Block | None"]]):
 
 _spare: list[Tensor] = []
 
+_MOST_SPARE = 16
+
 _CACHED = 2**20
 """Floats that stay in a cache while a few images are computed."""
 
@@ -554,17 +563,18 @@ _BEYOND = 4096
 """Floats that may be read beyond the end, by segments that are longer than a row."""
 
 
-def _take(size: int) -> Tensor:
+def _memory(*size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
+def _take(floats: int) -> Tensor:
     try:
-        scratch = _spare.pop()
-    except IndexError:
-        return torch.empty(size)
-    return scratch if scratch.numel() >= size else torch.empty(size)
+        memory = _spare.pop()
+    except IndexError:  # All is in use by other threads.
+        return _memory(floats)
+    return memory if memory.numel() >= floats else _memory(floats)
 
 
-def _give_back(scratch: Tensor) -> None:
+def _give_back(memory: Tensor) -> None:
     if len(_spare) < _MOST_SPARE:
-        _spare.append(scratch)
-
-
-_MOST_SPARE = 16
+        _spare.append(memory)
