@@ -574,7 +574,7 @@ class ConditionalBlock(OneStep):
         y, logits = native.compute([block], x, other, forced)
         for gate, values, decisions in zip(self.folded_gates, logits, forced, strict=True):
             gate.keep_run(values, decisions)
-        return y if self._relu else self.activation(y)  # type: ignore[no-any-return]
+        return y if self._relu else self.activation(y)
 
     def joined(self, modules: nn.Sequential) -> nn.Sequential:
         """Blocks that are computed together."""
