@@ -5,10 +5,10 @@ The gates of a block cut the channels between its convolutions into groups, and
 .. math::
     y = \sum_{g \text{ open}} W_2^g * \mathrm{ReLU}(W_1^g * x + b_1^g) + b_2
 
-is a sum over groups like experts, which run or do not. There are several ways to compute it:
+is a sum over groups like experts, which run or do not. On the CPU native code computes it
+(:mod:`~batchshaping.gates.native`), several blocks at a time. Where there is none, which is so for other devices
+and precisions, convolutions with groups, and without a compiler, there are several ways to compute it:
 
-- *sliced*: the two slices of a few open groups, one bundle of groups after the other, with weights that were
-  packed once;
 - *gathered*: one convolution each with the weights of the open channels side by side. Copying them costs
   little where they are few and pixels many. Where it is the other way round, convolutions are products of
   matrices, which read the open channels in place;
@@ -578,7 +578,7 @@ class ConditionalBlock(OneStep):
 
     def joined(self, modules: nn.Sequential) -> nn.Sequential:
         """Blocks that are computed together."""
-        return ConditionalBlocks(OrderedDict(modules.named_children()))
+        return ConditionalBlocks(OrderedDict(modules._modules))
 
     @property
     def is_whole(self) -> bool:

@@ -19,6 +19,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -549,4 +550,14 @@ int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int6
     }
     free(plans);
     return 1;
+}
+
+/* Ask for large pages for memory that begins with one and was not used so far. */
+void use_large_pages(void *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const int64_t page = 1 << 21;
+    madvise(memory, (size_t)((bytes + page - 1) / page * page), MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }

@@ -66,6 +66,7 @@ def library() -> Any:
         warnings.warn(f"inference is slower than it could be, without native code: {error}", stacklevel=2)
         return None
     found.needed.argtypes, found.needed.restype = [_Pointer], _Number
+    found.use_large_pages.argtypes, found.use_large_pages.restype = [_Pointer, _Number], None
     found.compute_blocks.argtypes = [
         *(_Pointer, _Number, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
         *(_Pointer, _Pointer, _Pointer, _Number),
@@ -517,10 +518,21 @@ def _in_blocks(weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
     whole = weight.new_zeros(_blocks(outputs) * _BLOCK, _blocks(inputs) * _BLOCK, high * wide)
     whole[:outputs, :inputs] = weight.flatten(2)
     parts = whole.view(_blocks(outputs), _BLOCK, _blocks(inputs), _BLOCK, high * wide)
-    yield parts.permute(0, 2, 4, 3, 1).contiguous()
+    yield _in_large_pages(parts.permute(0, 2, 4, 3, 1))
     of_blocks = bias.new_zeros(len(whole))
     of_blocks[:outputs] = bias
     yield of_blocks
+
+
+def _in_large_pages(values: Tensor) -> Tensor:
+    """A copy in memory of large pages, where the system has them: finding a page takes time, too."""
+    page = 2**21 // 4
+    if values.numel() < page // 2:
+        return values.contiguous()
+    memory = _memory(values.numel() + 2 * page)
+    start = -memory.data_ptr() // 4 % page
+    library().use_large_pages(memory.data_ptr() + 4 * start, 4 * values.numel())
+    return memory[start : start + values.numel()].view(values.shape).copy_(values)
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:

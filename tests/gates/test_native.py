@@ -135,6 +135,18 @@ def test_open_channels_are_computed_as_pytorch_does(
         assert (found - right).abs().max() <= 1e-5 * right.abs().max() + 1e-6
 
 
+def test_what_is_closed_is_not_read() -> None:
+    """Weights of closed channels that are no numbers change nothing."""
+    layers = [PackedConvolution(nn.Conv2d(64, 64, 3, padding=1), relu=relu) for relu in (True, False)]
+    positive = torch.tensor([[1.0, -1.0, 1.0, 0.0], [-1.0, -1.0, 1.0, -1.0]])
+    layers[0].weight.view(4, 16, 64, 3, 3)[1::2] = float("nan")
+    layers[1].weight.view(64, 4, 16, 3, 3)[:, 1::2] = float("nan")
+    block = Block.of(layers, [gating(64, (16,) * 4)], None, True, (8, 8)) if IS_THERE else None
+    if block is not None:
+        y, _ = native.compute([block], channels_last(torch.randn(2, 64, 8, 8)), None, [positive])
+        assert bool(y.isfinite().all())
+
+
 def test_what_is_no_number_stays_none() -> None:
     layers = [PackedConvolution(nn.Conv2d(16, 16, 1), relu=relu) for relu in (True, False)]
     block = Block.of(layers, [None], None, True, (8, 8)) if IS_THERE else None
