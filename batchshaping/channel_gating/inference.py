@@ -6,8 +6,8 @@ The gates of a block cut the channels between its convolutions into groups, and
     y = \sum_{g \text{ open}} W_2^g * \mathrm{ReLU}(W_1^g * x + b_1^g) + b_2
 
 is a sum over groups like experts, which run or do not. On the CPU native code computes it
-(:mod:`~batchshaping.gates.native`), several blocks at a time. Where there is none, which is so for other devices
-and precisions, convolutions with groups, and without a compiler, there are several ways to compute it:
+(:mod:`~batchshaping.gates.native`), several blocks at a time. Where there is none, so for other devices and
+precisions, for convolutions with groups, and without a compiler, there are several ways to compute it:
 
 - *gathered*: one convolution each with the weights of the open channels side by side. Copying them costs
   little where they are few and pixels many. Where it is the other way round, convolutions are products of

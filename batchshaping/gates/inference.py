@@ -113,6 +113,7 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
     }
     made = fold_and_pack(made, twins)
     made = _replaced(made, dict(_joined(made)))
+    made = _replaced(made, {pool: native.MaxPool(pool) for pool in made.modules() if _is_plain_pool(pool)})
     native.library()  # So that no call waits for the compiler.
     follow_gates(made)
     made.register_forward_pre_hook(_begin)
@@ -130,6 +131,10 @@ def _replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Mod
             if child is not None and child in others:
                 module._modules[name] = others[child]
     return others.get(model, model)
+
+
+def _is_plain_pool(module: nn.Module) -> bool:
+    return type(module) is nn.MaxPool2d and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _joined(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

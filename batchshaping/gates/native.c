@@ -552,6 +552,50 @@ int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int6
     return 1;
 }
 
+/* Maximum pooling of images in the order of channels_last. */
+typedef struct {
+    const float *x;
+    float *y;
+    int64_t rows, columns, channels, out_rows, out_columns;
+    int64_t kernel[2], stride[2], padding[2];
+} pooling;
+
+/* A row of the output. What is no number is larger than all. */
+static void pool_row(const void *what, int64_t task) {
+    const pooling *v = what;
+    int64_t image = task / v->out_rows, out_row = task % v->out_rows;
+    int64_t above = out_row * v->stride[0] - v->padding[0], below = above + v->kernel[0];
+    if (above < 0) above = 0;
+    if (below > v->rows) below = v->rows;
+    for (int64_t out = 0; out < v->out_columns; out++) {
+        int64_t left = out * v->stride[1] - v->padding[1], right = left + v->kernel[1];
+        if (left < 0) left = 0;
+        if (right > v->columns) right = v->columns;
+        float *y = v->y + (task * v->out_columns + out) * v->channels;
+        for (int64_t channel = 0; channel + LANES <= v->channels; channel += LANES) {
+            vector most = (vector){0} - __builtin_inff();
+            for (int64_t row = above; row < below; row++) {
+                const float *x = v->x + ((image * v->rows + row) * v->columns + left) * v->channels + channel;
+                for (int64_t column = left; column < right; column++, x += v->channels) {
+                    vector value = load(x);
+                    mask larger = (value > most) | (value != value);
+                    most = (vector)(((mask)value & larger) | ((mask)most & ~larger));
+                }
+            }
+            store(y + channel, most);
+        }
+    }
+}
+
+/* channels: a multiple of 16. */
+void pool(const pooling *p, int64_t number, parallel run, int64_t threads) {
+    phase rows = {p, pool_row, number * p->out_rows};
+    int64_t counters[2] = {0};
+    job j = {&rows, 1, counters, counters + 1};
+    if (run && threads > 1) run(work, &j, (unsigned)threads, 0);
+    else work(&j);
+}
+
 /* Ask for large pages for memory that begins with one and was not used so far. */
 void use_large_pages(void *memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE

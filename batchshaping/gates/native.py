@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
-from batchshaping.gates.packed import PackedConvolution
+from batchshaping.gates.gate import OneStep
+from batchshaping.gates.packed import PackedConvolution, channels_last, is_plain
 
-__all__ = ["Block", "Blocks", "Gating", "can_compute", "compute", "library"]
+__all__ = ["Block", "Blocks", "Gating", "MaxPool", "can_compute", "compute", "library"]
 
 _BLOCK = 16
 """Channels in a block."""
@@ -67,6 +69,7 @@ def library() -> Any:
         return None
     found.needed.argtypes, found.needed.restype = [_Pointer], _Number
     found.use_large_pages.argtypes, found.use_large_pages.restype = [_Pointer, _Number], None
+    found.pool.argtypes, found.pool.restype = [_Pointer, _Number, _Pointer, _Number], None
     found.compute_blocks.argtypes = [
         *(_Pointer, _Number, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
         *(_Pointer, _Pointer, _Pointer, _Number),
@@ -472,12 +475,7 @@ def compute(
             where the logits are.
     """
     n, last = x.shape[0], blocks[-1]
-    y = torch.empty_strided(
-        (n, last.outputs, last.height, last.width),
-        (last.size, 1, last.width * last.outputs, last.outputs),
-        dtype=torch.float32,
-        device="cpu",
-    )
+    y = _images(n, last.outputs, last.height, last.width)
     logits = [_memory(n, gates) for block in blocks for gates in block.gates]
     between = max([block.size for block in blocks[:-1]], default=0)
     floats = max([block.floats for block in blocks]) + 2 * between
@@ -562,6 +560,54 @@ class Blocks(dict[tuple[int, int], tuple[Sequence[object], "Block | None"]]):
         return Blocks, ()
 
 
+class _Pooling(ctypes.Structure):
+    _fields_ = [
+        ("x", _Pointer),
+        ("y", _Pointer),
+        *((name, _Number) for name in ("rows", "columns", "channels", "out_rows", "out_columns")),
+        *((name, _Number * 2) for name in ("kernel", "stride", "padding")),
+    ]
+
+
+class MaxPool(OneStep, nn.MaxPool2d):
+    """Maximum pooling for inference, by native code where it can.
+
+    Args:
+        layer: the pooling.
+
+    Example:
+        >>> layer, x = nn.MaxPool2d(3, 2, padding=1), torch.randn(2, 16, 9, 9)
+        >>> torch.equal(MaxPool(layer)(x), layer(x))
+        True
+    """
+
+    def __init__(self, layer: nn.MaxPool2d) -> None:
+        super().__init__(
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.return_indices,
+            layer.ceil_mode,
+        )
+        self._is_simple = _pair(layer.dilation) == (1, 1) and not (layer.return_indices or layer.ceil_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._is_simple or is_plain() or not can_compute(x) or x.ndim != 4 or x.shape[1] % _BLOCK:
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+        kernel, stride, padding = map(_pair, (self.kernel_size, self.stride, self.padding))
+        n, channels, *size = x.shape
+        height, width = ((size[k] + 2 * padding[k] - kernel[k]) // stride[k] + 1 for k in (0, 1))
+        if min(height, width) < 1 or any(2 * padding[k] > kernel[k] for k in (0, 1)):
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+        x = channels_last(x)
+        y = _images(n, channels, height, width)
+        pairs = ((_Number * 2)(*pair) for pair in (kernel, stride, padding))
+        pooling = _Pooling(x.data_ptr(), y.data_ptr(), *size, channels, height, width, *pairs)
+        library().pool(ctypes.addressof(pooling), n, _parallel(), torch.get_num_threads())
+        return y
+
+
 # Memory that is used again and again: new memory is slow, since the system fills it with zeros.
 
 _spare: list[Tensor] = []
@@ -577,6 +623,16 @@ _BEYOND = 4096
 
 def _memory(*size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
+def _images(n: int, channels: int, height: int, width: int) -> Tensor:
+    """Images in the order of channels_last."""
+    return torch.empty_strided(
+        (n, channels, height, width),
+        (channels * height * width, 1, width * channels, channels),
+        dtype=torch.float32,
+        device="cpu",
+    )
 
 
 def _take(floats: int) -> Tensor:

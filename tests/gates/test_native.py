@@ -135,6 +135,24 @@ def test_open_channels_are_computed_as_pytorch_does(
         assert (found - right).abs().max() <= 1e-5 * right.abs().max() + 1e-6
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    channels=st.sampled_from([16, 20, 48]),
+    size=st.tuples(st.integers(4, 12), st.integers(4, 12)),
+    value=st.sampled_from([0.0, float("nan"), float("inf"), -float("inf")]),
+)
+def test_pooling_is_that_of_pytorch(
+    kernel: int, stride: int, padding: int, channels: int, size: tuple[int, int], value: float
+) -> None:
+    layer = nn.MaxPool2d(kernel, stride, min(padding, kernel // 2))
+    x = torch.randn(2, channels, *size)
+    x[1, 3, 2] = value
+    assert torch.allclose(native.MaxPool(layer)(x), layer(x), rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_is_closed_is_not_read() -> None:
     """Weights of closed channels that are no numbers change nothing."""
     layers = [PackedConvolution(nn.Conv2d(64, 64, 3, padding=1), relu=relu) for relu in (True, False)]
