@@ -594,12 +594,12 @@ class MaxPool(OneStep, nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._is_simple or is_plain() or not can_compute(x) or x.ndim != 4 or x.shape[1] % _BLOCK:
-            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+            return super().forward(x)  # type: ignore[no-any-return]
         kernel, stride, padding = map(_pair, (self.kernel_size, self.stride, self.padding))
         n, channels, *size = x.shape
         height, width = ((size[k] + 2 * padding[k] - kernel[k]) // stride[k] + 1 for k in (0, 1))
         if min(height, width) < 1 or any(2 * padding[k] > kernel[k] for k in (0, 1)):
-            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+            return super().forward(x)  # type: ignore[no-any-return]
         x = channels_last(x)
         y = _images(n, channels, height, width)
         pairs = ((_Number * 2)(*pair) for pair in (kernel, stride, padding))
