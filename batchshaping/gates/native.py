@@ -72,7 +72,7 @@ def library() -> Any:
     found.pool.argtypes, found.pool.restype = [_Pointer, _Number, _Pointer, _Number], None
     found.compute_blocks.argtypes = [
         *(_Pointer, _Number, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
-        *(_Pointer, _Pointer, _Pointer, _Number),
+        *(_Pointer, _Pointer, _Pointer, _Pointer, _Number),
     ]
     return found
 
@@ -462,7 +462,7 @@ class Block:
 
 
 def compute(
-    blocks: Sequence[Block], x: Tensor, other: Tensor | None, forced: Sequence[Tensor | None]
+    blocks: Sequence[Block], x: Tensor, other: Tensor | None, forced: Sequence[Tensor | float | None]
 ) -> tuple[Tensor, list[Tensor]]:
     """The output of blocks one after the other, and the logits of all their gates.
 
@@ -471,8 +471,8 @@ def compute(
         x: images in the order of channels_last.
         other: what the first block's branch is added to, in the same order; None if that is x, or if the
             block has a shortcut, as it is for all others.
-        forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); None
-            where the logits are.
+        forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); or a
+            number that the logits exceed where a gate is open; None for 0.
     """
     n, last = x.shape[0], blocks[-1]
     y = _images(n, last.outputs, last.height, last.width)
@@ -492,7 +492,8 @@ def compute(
         memory.data_ptr(),
         between,
         _pointers(logits),
-        _pointers(forced),
+        _pointers([each if isinstance(each, Tensor) else None for each in forced]),
+        (ctypes.c_float * (len(forced) or 1))(*[each if isinstance(each, float) else 0 for each in forced]),
         _parallel(),
         torch.get_num_threads(),
     )
