@@ -369,7 +369,7 @@ class FoldedGate(Gate):
         return positive, _rows(positive)
 
     def forced_for(self, images: int) -> Tensor | float | None:
-        """What decides in place of logits above 0: zeros and ones for so many images, or another threshold."""
+        """What decides in place of logits above 0: zeros and ones for the images, or another threshold."""
         if not self._forced:
             return None
         decide = self._forced[-1]
