@@ -104,12 +104,12 @@ class Canvases:
         scale: pixels along the side of a pixel of scikit-learn's digits, which are 8 x 8; even.
         grid: places are multiples of so many pixels; even.
         distractors: their number.
+        images: number of canvases to train on, to validate on and to test on.
+        seed: seed of all that is random.
         fields: where digits are, later ones counting before earlier ones; with none, one digit is somewhere.
         decoys: number of digits that do not count, at places that are uniform.
         background: standard deviation of the smooth background that each canvas has for itself.
         printed: standard deviation of the smooth background that is the same on all canvases.
-        images: number of canvases to train on, to validate on and to test on.
-        seed: seed of all that is random.
 
     Raises:
         ValueError: if a number is out of range; if a field is not on the grid or overlaps another, or if none
@@ -126,12 +126,12 @@ class Canvases:
     scale: int = 2
     grid: int = 8
     distractors: int = 3
+    images: tuple[int, int, int] = (12_000, 2_000, 2_000)
+    seed: int = 0
     fields: tuple[Field, ...] = ()
     decoys: int = 0
     background: float = 0.06
     printed: float = 0.0
-    images: tuple[int, int, int] = (12_000, 2_000, 2_000)
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.spread > 0:
