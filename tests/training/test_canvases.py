@@ -136,16 +136,13 @@ def test_fields_are_filled_in_as_often_as_they_say_and_the_last_one_counts(forms
         share = filled[:, k].double().mean().item()
         assert share == pytest.approx(field.filled, abs=5 * (0.25 / 1500) ** 0.5)
         assert share < 1 or field.filled == 1
-    # Each field for itself: all four ways in which two of them are filled in are as frequent.
-    ways = (2 * filled[:, 1] + filled[:, 2]).bincount()
-    assert ways.shape == (4,) and (ways > 300).all()
     for n in range(300):
         last = forms.sources[n][filled[n]][-1]
         assert forms.labels[n] == target[last]
     assert forms.labels.bincount().min() > 100
     frequency = objects_in_regions(forms.objects(), 16).double().mean(dim=0)
-    assert frequency.nonzero().flatten().tolist() == [5, 6, 14]
-    torch.testing.assert_close(frequency[[5, 6, 14]], filled.double().mean(dim=0))
+    assert frequency.nonzero().flatten().tolist() == [5, 10]
+    torch.testing.assert_close(frequency[[5, 10]], filled.double().mean(dim=0))
 
 
 def weave(images: Tensor, corner: tuple[int, int]) -> Tensor:
@@ -164,12 +161,12 @@ def test_decoys_are_woven_as_digits_are_and_never_in_a_field(forms: CanvasImages
     fields = [places.index(tuple(field[:2])) for field in FORMS.fields]
     others = [k for k in range(16) if k not in fields]
     assert torch.equal(woven[:, fields], quiet.sources >= 0)
-    # Five of the thirteen other places, each as often, and what is there reads as a digit of some class.
+    # Five of the other places, each as often, and what is there reads as a digit of some class.
     assert (woven[:, others].sum(dim=1) == 5).all()
     share = woven[:, others].double().mean(dim=0)
-    assert ((share - 5 / 13).abs() < 5 * (0.25 / 1500) ** 0.5).all()
-    for place in others[:3]:
-        found = weave(quiet.images, places[place])[woven[:, place]][:50].flatten(1)
+    assert ((share - 5 / 14).abs() < 5 * (0.25 / 1500) ** 0.5).all()
+    for k in others[:3]:
+        found = weave(quiet.images, places[k])[woven[:, k]][:50].flatten(1)
         correlation = torch.corrcoef(torch.cat([found, digits.flatten(1)]))[: len(found), len(found) :]
         assert (correlation.amax(dim=1) > 0.8).all()
     # The same fields, whatever is around them.

@@ -314,12 +314,12 @@ CENTRED_CANVASES = Canvases(spread=10.0)
 
 FORMS = Canvases(
     grid=16,
-    fields=(Field(16, 16, filled=1.0), Field(16, 32, filled=0.5), Field(48, 32, filled=0.5)),
+    fields=(Field(16, 16, filled=1.0), Field(32, 32, filled=0.5)),
     decoys=5,
     background=0.02,
-    printed=0.15,
+    printed=0.1,
 )
-"""Forms of 4 x 4 places: a field that is always filled in, two on every second form, and five decoys."""
+"""Forms of 4 x 4 places: one that is always filled in, a correction on every second form, and five decoys."""
 
 
 def _digits() -> tuple[Tensor, Tensor, dict[Part, Tensor]]:
