@@ -141,8 +141,8 @@ def test_fields_are_filled_in_as_often_as_they_say_and_the_last_one_counts(forms
         assert forms.labels[n] == target[last]
     assert forms.labels.bincount().min() > 100
     frequency = objects_in_regions(forms.objects(), 16).double().mean(dim=0)
-    assert frequency.nonzero().flatten().tolist() == [5, 10]
-    torch.testing.assert_close(frequency[[5, 10]], filled.double().mean(dim=0))
+    assert frequency.nonzero().flatten().tolist() == [4, 5]
+    torch.testing.assert_close(frequency[[4, 5]], filled.double().mean(dim=0))
 
 
 def weave(images: Tensor, corner: tuple[int, int]) -> Tensor:
@@ -156,15 +156,15 @@ def weave(images: Tensor, corner: tuple[int, int]) -> Tensor:
 def test_decoys_are_woven_as_digits_are_and_never_in_a_field(forms: CanvasImages) -> None:
     digits = torch.from_numpy(load_digits().images / 16).float()
     quiet = replace(FORMS, distractors=0).draw("train", 1500)
-    places = [(row, column) for row in range(0, 64, 16) for column in range(0, 64, 16)]
+    places = [(row, column) for row in range(0, 48, 16) for column in range(0, 48, 16)]
     woven = torch.stack([weave(quiet.images, place).mean(dim=(1, 2)) for place in places], dim=1) > 0.05
     fields = [places.index(tuple(field[:2])) for field in FORMS.fields]
     others = [k for k in range(16) if k not in fields]
     assert torch.equal(woven[:, fields], quiet.sources >= 0)
-    # Five of the other places, each as often, and what is there reads as a digit of some class.
-    assert (woven[:, others].sum(dim=1) == 5).all()
+    # Three of the other places, each as often, and what is there reads as a digit of some class.
+    assert (woven[:, others].sum(dim=1) == 3).all()
     share = woven[:, others].double().mean(dim=0)
-    assert ((share - 5 / 14).abs() < 5 * (0.25 / 1500) ** 0.5).all()
+    assert ((share - 3 / 7).abs() < 5 * (0.25 / 1500) ** 0.5).all()
     for k in others[:3]:
         found = weave(quiet.images, places[k])[woven[:, k]][:50].flatten(1)
         correlation = torch.corrcoef(torch.cat([found, digits.flatten(1)]))[: len(found), len(found) :]
@@ -188,12 +188,13 @@ def test_what_is_printed_is_the_same_on_all_forms_and_tells_places_apart(forms: 
 def test_a_run_can_train_on_them(name: str) -> None:
     assert name in DATASETS
     data: Any = load_data(DataSettings(data=name, train_images=10))
-    assert data.shape == (1, 64, 64) and len(data.classes) == 10 and len(data.train) == 10
+    side = 48 if name == "forms" else 64
+    assert data.shape == (1, side, side) and len(data.classes) == 10 and len(data.train) == 10
     assert len(data.validation) == len(data.test) == 2000
     # The texture is another one if it is shifted or flipped.
     assert data.padding == 0 and not data.flip
     images, labels = data.test.__getitems__([0, 7])
-    assert images.shape == (2, 1, 64, 64) and labels.shape == (2,)
+    assert images.shape == (2, 1, side, side) and labels.shape == (2,)
     drawings = {"canvases": CANVASES, "canvases-centred": CENTRED_CANVASES, "forms": FORMS}
     expected = drawings[name].draw("test", 8)
     assert torch.equal(images, expected.images[[0, 7]])

@@ -313,13 +313,15 @@ CENTRED_CANVASES = Canvases(spread=10.0)
 """Digits that are mostly near the centre."""
 
 FORMS = Canvases(
+    size=48,
     grid=16,
-    fields=(Field(16, 16, filled=1.0), Field(32, 32, filled=0.5)),
-    decoys=5,
+    fields=(Field(16, 16, filled=1.0), Field(16, 32, filled=0.5)),
+    decoys=3,
+    distractors=2,
     background=0.02,
     printed=0.1,
 )
-"""Forms of 4 x 4 places: one that is always filled in, a correction on every second form, and five decoys."""
+"""Forms of 3 x 3 places: one is always filled in, the one beside it on every second form; three are decoys."""
 
 
 def _digits() -> tuple[Tensor, Tensor, dict[Part, Tensor]]:
