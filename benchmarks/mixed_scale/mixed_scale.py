@@ -119,14 +119,21 @@ def arms_on_forms() -> dict[str, dict[str, Any]]:
     target = ON_FORMS
     # Two epochs, since a gate has to learn the places too.
     longer = {**FROM_FINE, "epochs": 2, "gate_learning_rate": 1e-2, "prior_learning_rate": 0.1}
+    one_prior = {**shaped(target, prior=(target, round(1 - target, 2))), **longer}
+    # With its mean at the target, and most of its mass at 0 and at 1.
+    hyperprior = one_prior["prior"]
     return {
         "fine_forms": {**FROM_NOTHING, "epochs": 6, "gated": False},
         "coarse_forms": {**FROM_NOTHING, "epochs": 2, "gate": "chance", "density": 0.0},
         f"chance_forms-{target}": {**longer, "gate": "chance", "density": target},
         f"entropy_forms-{target}": {**longer, "gate": "entropy", "density": target},
         f"tokens_forms-{target}": {**learned(target, **PENALIZED, penalty=0.5), **longer},
-        f"bas_forms-{target}": {**shaped(target, prior=(target, round(1 - target, 2))), **longer},
-        f"gbas_forms-{target}": {**generalized(target), **longer},
+        f"bas_forms-{target}": one_prior,
+        f"weak_forms-{target}": {**one_prior, "shaping": 5.0},
+        f"gbas_forms-{target}": {
+            **shaped(target, hyperprior=hyperprior, hyperprior_weight=1.0),
+            **longer,
+        },
     }
 
 
@@ -140,6 +147,7 @@ CHOICES = {
     "entropy": "entropy of pixels",
     "tokens": "token penalty, tuned",
     "bas": "batch shaping, one prior",
+    "weak": "the same, a quarter of the weight",
     "gbas": "generalized batch shaping",
 }
 DATA = {"": "", "centred": ", centred objects", "forms": ""}
@@ -286,7 +294,7 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
     with house_style():
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.subplots()
-        for choice, marker in zip(CHOICES, "sXv^Dod", strict=True):
+        for choice, marker in zip(CHOICES, "sXv^DoPd", strict=True):
             points = sorted(point(results) for arm, results in found.items() if parts(arm)[0] == choice)
             if points:
                 spent, accuracies, deviations = zip(*points, strict=True)

@@ -159,7 +159,7 @@ def test_decoys_are_woven_as_digits_are_and_never_in_a_field(forms: CanvasImages
     places = [(row, column) for row in range(0, 48, 16) for column in range(0, 48, 16)]
     woven = torch.stack([weave(quiet.images, place).mean(dim=(1, 2)) for place in places], dim=1) > 0.05
     fields = [places.index(tuple(field[:2])) for field in FORMS.fields]
-    others = [k for k in range(16) if k not in fields]
+    others = [k for k in range(len(places)) if k not in fields]
     assert torch.equal(woven[:, fields], quiet.sources >= 0)
     # Three of the other places, each as often, and what is there reads as a digit of some class.
     assert (woven[:, others].sum(dim=1) == 3).all()

@@ -42,8 +42,8 @@ def test_every_arm_has_every_seed_and_is_judged_on_the_test_images(experiment: M
 def test_arms_differ_only_in_how_scales_are_chosen(experiment: ModuleType) -> None:
     wanted = dict(experiment.runs())
     of_the_choice = {
-        *("gate", "density", "gate_bias", "hyperprior", "prior", "shaping", "shaping_end"),
-        *("penalized", "penalty", "penalty_begin", "penalty_end", "budget"),
+        *("gate", "density", "gate_bias", "prior", "hyperprior", "hyperprior_weight"),
+        *("shaping", "shaping_end", "penalized", "penalty", "penalty_begin", "penalty_end", "budget"),
     }
     targets = [*(("", target) for target in experiment.DENSITIES), ("_forms", experiment.ON_FORMS)]
     for data, target in targets:
