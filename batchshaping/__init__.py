@@ -19,6 +19,7 @@ from batchshaping.channel_gating.resnets import (
     gated_resnet50,
     gated_resnet56,
 )
+from batchshaping.gates.calibration import calibrate
 from batchshaping.gates.channel import ChannelGate
 from batchshaping.gates.cost import count_macs
 from batchshaping.gates.export import export_onnx
@@ -30,7 +31,9 @@ from batchshaping.gates.gate import (
     gate_probabilities,
     straight_through_decisions,
 )
+from batchshaping.gates.guarantee import guarantee
 from batchshaping.gates.inference import conditional_inference
+from batchshaping.gates.shifted import gates_shifted
 from batchshaping.gates.static import prune_static_gates
 from batchshaping.gates.summary import gate_statistics, l0_penalty
 from batchshaping.losses.functional import batch_shaping
@@ -57,6 +60,7 @@ __all__ = [
     "betainc",
     "betaincinv",
     "binary_concrete",
+    "calibrate",
     "conditional_inference",
     "count_macs",
     "export_onnx",
@@ -71,6 +75,8 @@ __all__ = [
     "gated_resnet50",
     "gated_resnet56",
     "gates_forced",
+    "gates_shifted",
+    "guarantee",
     "l0_penalty",
     "prune_static_gates",
     "straight_through_decisions",

@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import batchshaping as bs
-from batchshaping.priors.closed_form import ClosedFormPrior
 from batchshaping.statistics import STATISTICS
-from batchshaping.statistics.samples import Batch, Options, Samples
-from batchshaping.statistics.statistic import ClosedFormStatistic, Discrepancy, Statistic, Terms
+from batchshaping.statistics.samples import Batch, Options
+from batchshaping.statistics.statistic import ClosedFormStatistic, Comparison, Discrepancy, Statistic, Terms
 
 F64 = torch.float64
 
@@ -46,18 +45,12 @@ class Quartic(ClosedFormStatistic):
     def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
         return (prior.cdf(values) - positions) ** 4
 
-    def closed_form(
-        self,
-        prior: type[ClosedFormPrior],
-        parameters: tuple[Tensor, ...],
-        samples: Samples,
-        logits: bool,
-        gradients: bool,
-    ) -> Callable[[slice], Terms]:
-        prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients)
+    def closed_form(self, comparison: Comparison) -> Callable[[slice], Terms]:
+        samples, prepared = comparison.samples, comparison.prepared()
+        evaluate = prepared.at_logits if comparison.logits else prepared
 
         def terms(tile: slice) -> Terms:
-            at = (prepared.at_logits if logits else prepared)(samples.values[..., tile])
+            at = evaluate(samples.values[..., tile])
             residual = at.cdf - samples.positions(tile)
             cubed = 2 * residual**3
             return Terms(residual**4, at.pdf * cubed, tuple(d * cubed for d in at.parameters))

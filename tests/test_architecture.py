@@ -51,6 +51,7 @@ PUBLIC = {
     *("batch_shaping", "BatchShapingLoss", "GeneralizedBatchShapingLoss", "SlicedBatchShapingLoss"),
     *("binary_concrete", "ChannelGate", "Gate", "gate_decisions", "gate_probabilities", "gate_statistics"),
     *("gates_forced", "l0_penalty", "straight_through_decisions", "count_macs"),
+    *("gates_shifted", "calibrate", "guarantee"),
     *("conditional_inference", "prune_static_gates", "export_onnx"),
     *("gate_resnet", "gated_resnet18", "gated_resnet20", "gated_resnet32", "gated_resnet34"),
     *("gated_resnet50", "gated_resnet56"),

@@ -158,6 +158,14 @@ def test_the_guide_to_conditional_inference_runs() -> None:
     assert names["logits"].shape == (1, 1000) and names["pruned"] is not names["resnet"]
 
 
+def test_the_guide_to_budgets_runs() -> None:
+    guide = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert names["calibration"][0.3].multiply_adds <= 0.3 and names["promise"].shift == -torch.inf
+
+
 def test_the_examples_of_the_guide_run() -> None:
     guide = (ROOT / "docs" / "which_statistic.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)

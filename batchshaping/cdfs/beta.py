@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,10 +104,21 @@ class BetaCDF(PreparedCDF):
 
     def __call__(self, x: Tensor) -> CDFDerivatives:
         if self._lean is not None and x.is_cpu and x.dtype == self._lean.working:
-            least, greatest = value_range(x)
-            if self._least <= least <= self._lean.split_range[0] < greatest < 1.0:
-                return CDFDerivatives(*self._lean.lean_parts(x))
+            evaluate = self._known_within(value_range(x))
+            if evaluate is not None:
+                return evaluate(x)
         return self.parts(x).derivatives
+
+    def within(self, extent: tuple[float, float] | None) -> Callable[[Tensor], CDFDerivatives]:
+        return (self._known_within(extent) if extent is not None else None) or self
+
+    def _known_within(self, extent: tuple[float, float]) -> Callable[[Tensor], CDFDerivatives] | None:
+        """What evaluates values of this extent in the fewest steps; None where they need them all."""
+        if self._lean is None:
+            return None
+        least, greatest = extent
+        suits = self._least <= least <= self._lean.split_range[0] < greatest < 1.0
+        return self._lean.cdf_and_density if suits else None
 
     def at_logits(self, logits: Tensor) -> CDFDerivatives:
         """The same as a function of logit(x), with the density and no rounding of it."""

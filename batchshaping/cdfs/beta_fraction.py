@@ -16,6 +16,7 @@ term by term, as in Boik and Robison-Cox (1998).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -27,6 +28,7 @@ from batchshaping.cdfs.beta_density import (
     log_beta,
 )
 from batchshaping.cdfs.beta_point import Point, Rate, value_range
+from batchshaping.cdfs.prepared import CDFDerivatives
 
 __all__ = ["ByFraction", "Fraction", "steps_of_fraction"]
 
@@ -120,10 +122,23 @@ class Fraction:
         self.fold_into(t, y * y, offset, torch.empty_like(offset), constants)
         return (t,)
 
+    def opposite(self) -> Fraction:
+        """The fraction of one pair without gradients, of the opposite sign."""
+        fraction = copy.copy(self)
+        fraction.constants = tuple(-constant for constant in self.constants)
+        fraction.numbers = [(-slope, factor) for slope, factor in self.numbers]
+        return fraction
+
     def fold_into(
-        self, t: Tensor, square: Tensor, offset: Tensor, line: Tensor, constants: Sequence[Tensor]
+        self,
+        t: Tensor,
+        square: Tensor,
+        offset: Tensor,
+        line: Tensor,
+        constants: Sequence[Tensor] | None = None,
     ) -> None:
         """The fraction of one pair without gradients at y, given its square; line is written over."""
+        constants = self.constants if constants is None else constants
         last = len(constants) - 1
         torch.add(constants[last], offset, alpha=self.numbers[last][0], out=t)
         for k in range(last - 1, -1, -1):
@@ -187,12 +202,15 @@ def _shortened(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As few steps of the fraction of one pair of parameters as reach a relative accuracy up to the end.
 
-    The rest of the fraction is replaced by its secant from 0 to the end, where it is all but straight. That
-    takes the place of one step or two.
+    The rest of the fraction is replaced by a secant, since it is all but straight. That takes the place of
+    two steps or three. What is left of the secant's error in the value of the fraction grows with a power of
+    y, so that it is smallest where both points of the secant are near the end.
     """
+    first, second = 0.8, 0.98
     # Points that crowd at the end, next to which the fraction may have its singularity.
     share = torch.linspace(0.0, 1.0, 17, dtype=end.dtype, device=end.device)
-    share = torch.cat([share, 1 - torch.logspace(-1, -9, 33, dtype=end.dtype, device=end.device)])
+    crowd = 1 - torch.logspace(-1, -9, 33, dtype=end.dtype, device=end.device)
+    share = torch.cat([share, crowd, share.new_tensor([first, second])])
     lines = constant.reshape(-1, 1) + slope.reshape(-1, 1) * (end * share)
     numerators = factor.reshape(-1, 1) * (end * share).square()
     tail, backwards = lines[-1], [lines[-1]]
@@ -202,12 +220,14 @@ def _shortened(
     tails = torch.stack(backwards[::-1])
     # How much of a relative error of each tail is left in the value of the fraction.
     weights = torch.cat([torch.ones_like(lines[:1]), numerators[:-1] / (tails[1:] * tails[:-1])])
-    secants = tails[:, :1] + (tails[:, 16:17] - tails[:, :1]) * share
+    rises = (tails[:, -1] - tails[:, -2]) / (second - first)
+    starts = tails[:, -1] - second * rises
+    secants = starts.unsqueeze(-1) + rises.unsqueeze(-1) * share
     errors = (weights.cumprod(dim=0) * (secants / tails - 1)).abs().amax(dim=1)
     steps = next((k for k, error in enumerate(errors.tolist(), 1) if error <= accuracy), len(tails))
-    slope = slope[:steps].clone()
-    slope[-1] = (tails[steps - 1, 16] - tails[steps - 1, 0]) / end
-    return constant[:steps], slope, factor[:steps]
+    constant, slope = constant[:steps].clone(), slope[:steps].clone()
+    constant[-1], slope[-1] = starts[steps - 1], rises[steps - 1] / end
+    return constant, slope, factor[:steps]
 
 
 class ByFraction:
@@ -258,30 +278,38 @@ class ByFraction:
         accuracy = torch.finfo(dtype).eps / 4 if fixed else None
         self.left = Fraction(a, b, steps[0], gradients, working, centres[0], accuracy=accuracy)
         self.right = Fraction(b, a, steps[1], gradients, working, centres[1], accuracy=accuracy)
+        if self.lean:
+            self.minus_right = self.right.opposite()
+            self.scale_number, self.zero = float(self.scale), torch.zeros_like(self.one)
         if gradients:
             digamma_total = torch.digamma(total)
             self.shift_a = (digamma_total - torch.digamma(a + 1) + log_centre * self.large_a).to(working)
             self.shift_b = (digamma_total - torch.digamma(b + 1) + log_far * self.large_b).to(working)
             self.inverse_a, self.inverse_b = (1 / a).to(working), (1 / b).to(working)
 
-    def lean_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def cdf_and_density(self, x: Tensor) -> CDFDerivatives:
         """The CDF and the density of one pair of numbers at x in (0, 1), on the CPU.
 
-        The operations are those of ``BetaCDF.parts``, in few calls and five new tensors: for a small
-        batch, calls and fresh memory would take longer than the numbers.
+        They are those of ``BetaCDF.parts``, in few operations of few kinds and with five new tensors: for a
+        small batch, to call an operation, more so one that is not in the processor's caches, takes longer
+        than the numbers.
         """
-        a, b = self.numbers
-        first, second = torch.log(x), torch.neg(x).log1p_()
-        mass = torch.add(self.minus_peak, first, alpha=a).add_(second, alpha=b).exp_().mul_(self.scale)
+        (a, b), scale = self.numbers, self.scale_number
+        complement = torch.sub(self.one, x)
+        # Of the rounding of 1 - x, b times as much is left in the exponent.
+        first = torch.log(x)
+        second = torch.log(complement) if b <= 1.0 else torch.neg(x).log1p_()
+        mass = torch.add(self.minus_peak, first, alpha=a).add_(second, alpha=b).exp_()
         y, line, left, right = first, second, torch.empty_like(x), torch.empty_like(x)
         torch.minimum(x, self.split, out=y)
-        self.left.fold_into(left, y * y, y, line, self.left.constants)
-        complement = torch.sub(self.one, x)
+        self.left.fold_into(left, y * y, y, line)
         torch.minimum(complement, self.far_split, out=y)
-        self.right.fold_into(right, y * y, y, line, self.right.constants)
+        self.minus_right.fold_into(right, y * y, y, line)
         in_right = torch.gt(x, self.split, out=y)
-        tail = torch.div(mass, torch.lerp(left, right, in_right, out=left), out=left)
-        return torch.sub(in_right, tail, out=in_right).abs_(), mass.div_(complement.mul_(x))
+        # Right of the split it is of the opposite sign, so that one less the tail is a sum.
+        signed = torch.lerp(left, right, in_right, out=left)
+        cdf = torch.addcdiv(in_right, mass, signed, value=scale, out=left)
+        return CDFDerivatives(cdf, torch.addcdiv(self.zero, mass, complement.mul_(x), value=scale, out=mass))
 
     def from_values(self, x: Tensor, lowest: float) -> Point:
         x, (least, greatest) = x.to(self.working), value_range(x)

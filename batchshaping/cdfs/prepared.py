@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,10 @@ class PreparedCDF(ABC):
     @abstractmethod
     def __call__(self, x: Tensor) -> CDFDerivatives:
         """The CDF at x."""
+
+    def within(self, extent: tuple[float, float] | None) -> Callable[[Tensor], CDFDerivatives]:
+        """The CDF for values of which the least and the greatest are known, or not, in the least time."""
+        return self
 
     @abstractmethod
     def logs(self, x: Tensor) -> LogCDFDerivatives:

@@ -10,7 +10,8 @@ with extras():
     from batchshaping.cli.command import app, main
     from batchshaping.cli.demonstration import demo
     from batchshaping.cli.export import export
+    from batchshaping.cli.faster import faster
     from batchshaping.cli.runs import evaluate, report
     from batchshaping.cli.shaping import fit
 
-__all__ = ["app", "bench", "demo", "evaluate", "export", "fit", "main", "report"]
+__all__ = ["app", "bench", "demo", "evaluate", "export", "faster", "fit", "main", "report"]

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from batchshaping.cli.errors import fail
+from batchshaping.gates.guarantee import Guarantee
 from batchshaping.storage.files import created, replaced
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TRAINING",
     "prepare",
     "progress_bar",
+    "show_budgets",
     "show_latency",
     "show_metrics",
     "write",
@@ -87,6 +89,23 @@ def show_latency(measured: dict[str, Any]) -> None:
         ends = torch.tensor(seconds, dtype=torch.double).quantile(torch.tensor([0.5, 0.05, 0.95]).double())
         table.add_row(name, *(f"{1e3 * second:.3g}" for second in ends.tolist()))
     Console().print(table)
+
+
+def show_budgets(measured: dict[str, Any]) -> None:
+    """Print what the network of a run does at other budgets, and what is promised."""
+    test = measured["test"]
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    for head in ("budget", "shift", "multiply-adds", "test accuracy"):
+        table.add_column(head, justify="right")
+    points = measured["calibration"]["points"] if measured["calibration"] else []
+    for point, tested in zip(points, test["points"], strict=True):
+        row = (f"{point['budget']:.1%}", f"{float(point['shift']):.3g}")
+        table.add_row(*row, f"{tested['multiply_adds']:.1%}", f"{tested['accuracy']:.2%}")
+    opened = test["all_open"]
+    table.add_row("all open", "-inf", f"{opened['multiply_adds']:.1%}", f"{opened['accuracy']:.2%}")
+    Console().print(table)
+    if measured["guarantee"] is not None:
+        print(Guarantee.from_dict(measured["guarantee"]))
 
 
 def prepare(folder: Path, names: list[str], force: bool) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from batchshaping.cli.command import app
 from batchshaping.cli.errors import extras, fail
-from batchshaping.cli.output import FILES, prepare, show_latency, show_metrics, write
+from batchshaping.cli.output import FILES, prepare, show_budgets, show_latency, show_metrics, write
 from batchshaping.training.config import MAY_CHANGE, SECTIONS, SETTINGS, RunConfig, read_config
 
 __all__ = ["evaluate", "refused", "report"]
@@ -130,13 +131,40 @@ def evaluate(
             "run (latency.json) for the report.",
         ),
     ] = False,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARES",
+            help="Also run the network at other budgets, such as 0.2,0.3,0.4 of the ungated network's "
+            "multiply-adds, without training: the threshold of its gates is shifted. Kept in the folder of "
+            "the run (budgets.json) for the report.",
+        ),
+    ] = None,
+    guarantee: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LOSS",
+            help="Also find the cheapest shift that loses at most so much accuracy on new images, such as "
+            "0.01. Kept in budgets.json too.",
+        ),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(metavar="SHARE", help="Confidence of that promise, in (0, 1).")
+    ] = 0.95,
+    against: Annotated[
+        Literal["all-open", "trained"],
+        typer.Option(help="What that loss is measured against: all gates open, or the network as trained."),
+    ] = "all-open",
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
     """Evaluate the trained network of a run on its test images.
 
-    Example: **batchshaping evaluate outputs/train --latency**
+    Examples: **batchshaping evaluate outputs/train --latency**; **batchshaping evaluate outputs/train
+    --budgets 0.2,0.3,0.4 --guarantee 0.01**
     """
+    shares = _shares(budgets)
     with extras():
+        from batchshaping.training.budgets import measure_budgets
         from batchshaping.training.latency import measure_run
         from batchshaping.training.run import evaluate_run
     with extras(), refused():
@@ -144,13 +172,28 @@ def evaluate(
         settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         metrics = evaluate_run(run, **settings)
         measured = measure_run(run, **settings) if latency else None
+        at_budgets = (
+            measure_budgets(
+                run,
+                shares,
+                accuracy_loss=guarantee,
+                confidence=confidence,
+                against={"all-open": -math.inf, "trained": 0.0}[against],
+                **settings,
+            )
+            if shares or guarantee is not None
+            else None
+        )
     if as_json:
-        print(json.dumps(metrics | _latency(measured)))
+        print(json.dumps(metrics | _present(latency=measured, budgets=at_budgets)))
         return
     show_metrics(metrics)
     if measured:
         show_latency(measured)
         print(f"wrote {run / 'latency.json'}")
+    if at_budgets:
+        show_budgets(at_budgets)
+        print(f"wrote {run / 'budgets.json'}")
 
 
 @app.command()
@@ -172,18 +215,31 @@ def report(
     """
     with extras():
         from batchshaping.report.page import report_html
+        from batchshaping.training.budgets import read_budgets
         from batchshaping.training.latency import read_latency
         from batchshaping.training.run import read_result
     with extras(), refused():
-        results = {_short_name(run, runs): read_result(run) | _latency(read_latency(run)) for run in runs}
+        results = {
+            _short_name(run, runs): read_result(run)
+            | _present(latency=read_latency(run), budgets=read_budgets(run))
+            for run in runs
+        }
         page = report_html(results)
     prepare(output.parent, [output.name], force)
     write(output, lambda path: path.write_text(page, encoding="utf-8", errors="replace"), force)
 
 
-def _latency(measured: dict[str, Any] | None) -> dict[str, Any]:
-    """A measurement as a part of a result, as far as there is one."""
-    return {} if measured is None else {"latency": measured}
+def _present(**measured: dict[str, Any] | None) -> dict[str, Any]:
+    """Measurements as parts of a result, as far as there are any."""
+    return {name: each for name, each in measured.items() if each is not None}
+
+
+def _shares(text: str | None) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(share) for share in text.split(",")] if text is not None else []
+    except ValueError:
+        fail(f"--budgets must be numbers such as 0.2,0.3,0.4, received {text}")
 
 
 def _short_name(run: Path, runs: list[Path]) -> str:

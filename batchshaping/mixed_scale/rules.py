@@ -117,14 +117,20 @@ class ChanceGate(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros and ones of shape (N, regions): 1 where a region is fine."""
-        odds = math.log(self.density / (1 - self.density)) if 0 < self.density < 1 else 0.0
         self._uniform = (
             torch.rand(x.shape[:2], device=x.device) if self.training else self._hash(x.flatten(2))
         )
-        return self.decide(x.new_full(x.shape[:2], odds))
+        return self.decide(x.new_full(x.shape[:2], self._log_odds))
+
+    @property
+    def _log_odds(self) -> float:
+        return math.log(self.density / (1 - self.density)) if 0 < self.density < 1 else 0.0
 
     def _decided(self, logits: Tensor) -> Tensor:
-        return (self._uniform < self.density).to(logits)
+        # A shifted threshold divides the odds; without one, the share is the density to the bit.
+        divisor = torch.exp((logits.new_full((), self._log_odds) - logits).double())
+        share = self.density / (self.density + (1 - self.density) * divisor)
+        return (self._uniform < share.to(self._uniform)).to(logits)
 
     def _hash(self, regions: Tensor) -> Tensor:
         """Numbers in [0, 1) that follow from the pixels: the upper bits of a sum with random factors."""

@@ -63,6 +63,32 @@ function drawTraining() {
   );
 }
 
+// Budgets
+
+function drawBudgets() {
+  const looks = {
+    "at other budgets": { shade: "empirical", symbol: "square-open" },
+    "as trained": { shade: "target", symbol: "circle" },
+    "with the promise": { shade: "loss", symbol: "diamond" },
+  };
+  const traces = Object.entries(run.budgets).map(([name, points]) => ({
+    type: "scatter",
+    name,
+    mode: points.length > 1 ? "lines+markers" : "markers",
+    x: points.map((point) => point.x),
+    y: points.map((point) => point.y),
+    hoverinfo: "text",
+    hovertext: points.map((point) => point.hover),
+    marker: { color: color(looks[name].shade), symbol: looks[name].symbol, size: 9 },
+    line: { color: color(looks[name].shade), width: 1.2 },
+  }));
+  plot("budgets", 340, traces, {
+    xaxis: axis("mean multiply-adds of an image", { tickformat: "~s", nticks: 6, rangemode: "tozero" }),
+    yaxis: axis("accuracy", { tickformat: ".1~%", ...around(traces.flatMap((trace) => trace.y), 0.01, 1) }),
+    showlegend: true,
+  });
+}
+
 // Time
 
 function drawLatency() {
@@ -103,6 +129,8 @@ function chooseRun() {
   for (const part of all("[data-family]")) part.hidden = Number(part.dataset.family) !== run.family;
   for (const part of all(".with-epochs")) part.hidden = !run.epochs.length;
   for (const part of all(".without-epochs")) part.hidden = run.epochs.length > 0;
+  for (const part of all(".with-budgets")) part.hidden = !run.budgets;
+  for (const part of all(".without-budgets")) part.hidden = !!run.budgets;
   for (const part of all(".with-latency")) part.hidden = !run.latency;
   for (const part of all(".without-latency")) part.hidden = !!run.latency;
   for (const part of all(".not-of-references")) part.hidden = run.is_reference;
@@ -112,6 +140,7 @@ function chooseRun() {
 
 function drawRun() {
   family()?.draw();
+  if (run.budgets) drawBudgets();
   if (run.latency) drawLatency();
   if (run.epochs.length) drawTraining();
 }

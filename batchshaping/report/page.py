@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from batchshaping.report.budgets import Budgets, Point
 from batchshaping.report.channel_gating import KINDS, prior_masses
 from batchshaping.report.headline import headline
 from batchshaping.report.runs import Run, read_run
@@ -125,7 +126,35 @@ def _figure(comparison: Comparison) -> list[dict[str, Any]]:
             ],
         }
         for (_, curve), settings in comparison.curves.items()
-    ]
+    ] + [_budgets_curve(run, run.budgets) for run in comparison.runs if run.budgets]
+
+
+def _budgets_curve(run: Run, budgets: Budgets) -> dict[str, Any]:
+    """The curve of one network over its budgets, beside those that were trained for each."""
+    name = plotly_text(run.name)
+    return {
+        "name": f"{name} at other budgets",
+        "color": run.view.curve.color,
+        "symbol": f"{run.view.curve.symbol}-open",
+        "connected": True,
+        "points": [
+            {
+                "accuracy": {"mean": point.accuracy, "deviation": None},
+                "multiply_adds": {"mean": point.multiply_adds, "deviation": None},
+                "hover": f"<b>{name}</b><br>{_point_hover(point, run)}",
+            }
+            for point in budgets.curve
+        ],
+    }
+
+
+def _point_hover(point: Point, run: Run) -> str:
+    """All that there is to tell of the network at one shift, one thing a line."""
+    share = percent(point.multiply_adds / run.reference.multiply_adds)
+    return (
+        f"{point.name}, shift {point.shift}<br>accuracy {percent(point.accuracy)}<br>"
+        f"multiply-adds {si(point.multiply_adds)}<br>{share} of the reference’s"
+    )
 
 
 def _spread_data(spread: Spread) -> dict[str, float | None]:
@@ -153,6 +182,22 @@ def _run_data(run: Run) -> dict[str, Any]:
         "epochs": run.epochs,
         "pictures": run.view.pictures,
         "latency": asdict(run.latency) if run.latency else None,
+        "budgets": _budgets_data(run, run.budgets) if run.budgets else None,
+    }
+
+
+def _budgets_data(run: Run, budgets: Budgets) -> dict[str, Any]:
+    """The traces of the figure of one network over its budgets."""
+    trained = Point("as trained", "0", run.multiply_adds, run.accuracy)
+    traces = {"at other budgets": budgets.curve, "as trained": [trained]}
+    if budgets.promised:
+        traces["with the promise"] = [budgets.promised]
+    return {
+        name: [
+            {"x": point.multiply_adds, "y": point.accuracy, "hover": _point_hover(point, run)}
+            for point in curve
+        ]
+        for name, curve in traces.items()
     }
 
 

@@ -24,6 +24,7 @@ from batchshaping.statistics.samples import Batch, Options, Samples
 from batchshaping.statistics.statistic import (
     ClosedForm,
     ClosedFormStatistic,
+    Comparison,
     Discrepancy,
     Needs,
     Statistic,
@@ -36,6 +37,7 @@ __all__ = [
     "Batch",
     "ClosedForm",
     "ClosedFormStatistic",
+    "Comparison",
     "CramerVonMises",
     "Discrepancy",
     "EppsPulley",

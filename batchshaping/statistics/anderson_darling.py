@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from batchshaping.cdfs.prepared import stretched
-from batchshaping.priors.closed_form import ClosedFormPrior
-from batchshaping.statistics.samples import Samples
-from batchshaping.statistics.statistic import ClosedFormStatistic, Terms
+from batchshaping.statistics.statistic import ClosedFormStatistic, Comparison, Terms
 
 __all__ = ["AndersonDarling"]
 
@@ -33,20 +31,17 @@ class AndersonDarling(ClosedFormStatistic):
         total: Tensor = 2 * (lower + upper)
         return total
 
-    def closed_form(
-        self,
-        prior: type[ClosedFormPrior],
-        parameters: tuple[Tensor, ...],
-        samples: Samples,
-        logits: bool,
-        gradients: bool,
-    ) -> Callable[[slice], Terms]:
-        prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients, tails=True)
+    def closed_form(self, comparison: Comparison) -> Callable[[slice], Terms]:
+        samples, prepared = comparison.samples, comparison.prepared(tails=True)
 
         def terms(tile: slice) -> Terms:
             values = samples.values[..., tile]
             # An infinite logit has an infinite logarithm; a huge one takes its place.
-            at = prepared.logs_at_logits(values.clamp(-1e30, 1e30)) if logits else prepared.logs(values)
+            at = (
+                prepared.logs_at_logits(values.clamp(-1e30, 1e30))
+                if comparison.logits
+                else prepared.logs(values)
+            )
             p = samples.positions(tile)
             entropy = torch.special.entr(p) + torch.special.entr(1 - p)
 

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.distributions import Distribution
 
-from batchshaping.priors.closed_form import ClosedFormPrior
-from batchshaping.statistics.samples import Samples
-from batchshaping.statistics.statistic import ClosedFormStatistic, Terms
+from batchshaping.statistics.statistic import ClosedFormStatistic, Comparison, Terms
 
 __all__ = ["CramerVonMises"]
 
@@ -20,16 +18,9 @@ class CramerVonMises(ClosedFormStatistic):
     def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
         return (prior.cdf(values) - positions).square()
 
-    def closed_form(
-        self,
-        prior: type[ClosedFormPrior],
-        parameters: tuple[Tensor, ...],
-        samples: Samples,
-        logits: bool,
-        gradients: bool,
-    ) -> Callable[[slice], Terms]:
-        prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients)
-        evaluate = prepared.at_logits if logits else prepared
+    def closed_form(self, comparison: Comparison) -> Callable[[slice], Terms]:
+        samples, prepared = comparison.samples, comparison.prepared()
+        evaluate = prepared.at_logits if comparison.logits else prepared.within(samples.extent)
 
         def terms(tile: slice) -> Terms:
             at = evaluate(samples.values[..., tile])

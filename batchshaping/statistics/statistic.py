@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from batchshaping.cdfs.prepared import PreparedCDF
 from batchshaping.priors.closed_form import ClosedFormPrior
 from batchshaping.statistics.line import on_the_line
+from batchshaping.statistics.order import FEW
 from batchshaping.statistics.samples import Batch, Options, Samples
 
-__all__ = ["ClosedForm", "ClosedFormStatistic", "Discrepancy", "Needs", "Statistic", "Terms"]
+__all__ = ["ClosedForm", "ClosedFormStatistic", "Comparison", "Discrepancy", "Needs", "Statistic", "Terms"]
 
 
 _Made = TypeVar("_Made", bound="ClosedForm")
@@ -172,26 +176,43 @@ class Terms(NamedTuple):
     parameter_derivatives: tuple[Tensor, ...]
 
 
+class Comparison(NamedTuple):
+    """Samples in order, the prior that they are compared with, and what is asked of it.
+
+    Attributes:
+        prior: the family of the prior.
+        parameters: its parameters, of shapes that broadcast with (..., 1).
+        samples: the samples in order.
+        logits: whether they are logits, of which the prior's values are the sigmoid.
+        gradients: whether the derivatives in the parameters are needed.
+    """
+
+    prior: type[ClosedFormPrior]
+    parameters: tuple[Tensor, ...]
+    samples: Samples
+    logits: bool = False
+    gradients: bool = False
+
+    def prepared(self, *, tails: bool = False) -> PreparedCDF:
+        """The CDF of the prior on values of the samples' dtype, with the derivatives that are needed."""
+        dtype = self.samples.values.dtype
+        return self.prior.prepare(self.parameters, dtype, gradients=self.gradients, tails=tails)
+
+
 class ClosedFormStatistic(ClosedForm, Statistic):
     """A statistic whose terms have closed forms of their derivatives, of the kind of :class:`ClosedForm`."""
 
-    @abstractmethod
-    def closed_form(
-        self,
-        prior: type[ClosedFormPrior],
-        parameters: tuple[Tensor, ...],
-        samples: Samples,
-        logits: bool,
-        gradients: bool,
-    ) -> Callable[[slice], Terms]:
-        """The terms of a tile of the samples, which may be written over; parameters broadcast with (..., 1).
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        defined = vars(cls).get("closed_form")
+        if inspect.isfunction(defined):
+            cls.closed_form = _of_a_comparison(defined)  # type: ignore[method-assign]
 
-        Args:
-            prior: the family of the prior.
-            parameters: its parameters.
-            samples: the samples in order.
-            logits: whether they are logits, of which the prior's values are the sigmoid.
-            gradients: whether to return the derivatives in the parameters.
+    @abstractmethod
+    def closed_form(self, comparison: Comparison) -> Callable[[slice], Terms]:
+        """The terms of a tile of the samples, which may be written over.
+
+        A subclass may also take the five fields of the comparison one by one.
         """
 
     def loss_and_gradients(
@@ -204,8 +225,10 @@ class ClosedFormStatistic(ClosedForm, Statistic):
     ) -> list[Tensor]:
         x, samples = batch.values, Samples(batch, options.ties)
         by_array = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
-        terms_of = self.closed_form(prior, by_array, samples, options.logits, needs.parameters)
-        gradient = x.new_empty(x.shape if needs.values else 0)
+        terms_of = self.closed_form(Comparison(prior, by_array, samples, options.logits, needs.parameters))
+        # Laid out as x it needs no copy later; of many values, that would take longer to write.
+        like = x if x.numel() <= FEW else samples.values
+        gradient = torch.empty_like(like) if needs.values else x.new_empty(0)
         sums: list[Tensor] = []
         for tile in samples.tiles():
             terms = terms_of(tile)
@@ -222,6 +245,19 @@ class ClosedFormStatistic(ClosedForm, Statistic):
         if samples.broken is not None:
             loss, factor = (t.masked_fill_(samples.broken, torch.nan) for t in (loss, factor))
         return [loss, gradient, factor, *in_parameters]
+
+
+def _of_a_comparison(closed_form: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that takes a comparison or its fields, of one that takes either."""
+    _, *operands = inspect.signature(closed_form).parameters.values()
+    takes_fields = len(operands) != 1 or operands[0].kind is inspect.Parameter.VAR_POSITIONAL
+
+    @functools.wraps(closed_form)
+    def method(self: ClosedFormStatistic, *given: Any, **named: Any) -> Any:
+        comparison = given[0] if len(given) == 1 and not named else Comparison(*given, **named)
+        return closed_form(self, *comparison) if takes_fields else closed_form(self, comparison)
+
+    return method
 
 
 def _masked(contributes: Tensor, terms: Terms) -> Terms:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from batchshaping.priors.closed_form import ClosedFormPrior
-from batchshaping.statistics.samples import Samples
-from batchshaping.statistics.statistic import ClosedFormStatistic, Terms
+from batchshaping.statistics.statistic import ClosedFormStatistic, Comparison, Terms
 
 __all__ = ["Wasserstein"]
 
@@ -21,15 +19,9 @@ class Wasserstein(ClosedFormStatistic):
     def terms(self, values: Tensor, positions: Tensor, prior: Distribution) -> Tensor:
         return (values - prior.icdf(positions)).square()
 
-    def closed_form(
-        self,
-        prior: type[ClosedFormPrior],
-        parameters: tuple[Tensor, ...],
-        samples: Samples,
-        logits: bool,
-        gradients: bool,
-    ) -> Callable[[slice], Terms]:
-        prepared = prior.prepare(parameters, samples.values.dtype, gradients=gradients)
+    def closed_form(self, comparison: Comparison) -> Callable[[slice], Terms]:
+        prior, parameters, samples, logits, gradients = comparison
+        prepared = comparison.prepared()
         quantiles = prior.quantile(parameters, samples.positions()).to(samples.values.dtype)
 
         def terms(tile: slice) -> Terms:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["created", "only_writer", "quoted", "replaced"]
+__all__ = ["created", "only_writer", "quoted", "replaced", "write_json"]
 
 
 @contextmanager
@@ -49,6 +51,16 @@ def replaced(path: Path) -> Iterator[Path]:
         raise OSError(code, os.strerror(code) if path.is_dir() else "Not a regular file", str(path))
     with _written(path, _replace) as partial:
         yield partial
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file, as a whole or not at all.
+
+    Raises:
+        OSError: if the file cannot be written; an earlier one is then as it was.
+    """
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 @contextmanager

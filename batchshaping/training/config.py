@@ -33,6 +33,7 @@ from batchshaping.training.sections import (
     ObjectiveSettings,
     OptimizationSettings,
     Section,
+    TeacherSettings,
     one_line,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "Setting",
     "read_config",
     "read_whole_config",
+    "recorded_config",
     "write_config",
 ]
 
@@ -77,6 +79,7 @@ _CLASSES: dict[str, tuple[type[Section], ...]] = {
     "network": FAMILIES,
     "data": (DataSettings,),
     "objective": (ObjectiveSettings,),
+    "teaching": (TeacherSettings,),
     "optimization": (OptimizationSettings,),
     "machine": (MachineSettings,),
 }
@@ -118,6 +121,7 @@ class RunConfig(BaseModel):
         network: the network, a section of one of the families.
         data: which images are loaded, and how.
         objective: what is asked of the gates.
+        teaching: the teacher, if there is one.
         optimization: how the weights are trained.
         machine: where the run is computed, and what it logs.
 
@@ -139,6 +143,7 @@ class RunConfig(BaseModel):
     network: SerializeAsAny[Network]
     data: DataSettings
     objective: ObjectiveSettings
+    teaching: TeacherSettings
     optimization: OptimizationSettings
     machine: MachineSettings
 
@@ -167,6 +172,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"start must be none where pretrained is true, received {given}")
         if self.optimization.start_sha256 is not None and self.start_from is None:
             raise ValueError("start_sha256 needs weights to start from, received none")
+        if self.teaching.teacher_sha256 is not None and self.teaching.teacher is None:
+            raise ValueError("teacher_sha256 needs a teacher, received none")
         return self
 
     @property
@@ -255,7 +262,7 @@ def read_whole_config(path: Path, **settings: Any) -> RunConfig:
             "what may change when a run goes on is given to --resume as an option"
         )
     content = _settings(path, text)
-    config = _config(path, content, settings)
+    config = _config(path, {**_EARLIER, **content}, settings)
     # In a file with a checksum, a setting is missing only if it did not exist when the file was written.
     missing = [] if checksum else [name for name in _BEFORE_CHECKSUMS if name not in content]
     if missing:
@@ -264,6 +271,22 @@ def read_whole_config(path: Path, **settings: Any) -> RunConfig:
             f"{path}: expected every setting of the run, received none of {', '.join(missing[:3])}{more}"
         )
     return config
+
+
+def recorded_config(settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run from the settings in its result.
+
+    What a run did when there was no setting for it yet may not be the default of today.
+
+    Example:
+        >>> recorded_config({"network": "resnet20"}).teacher is None, RunConfig().teacher
+        (True, 'start')
+    """
+    return RunConfig(**{**_EARLIER, **settings})
+
+
+_EARLIER = {"teacher": None, "recalibrate": False}
+"""What runs did before there was a setting for it."""
 
 
 def write_config(config: RunConfig, path: Path) -> None:

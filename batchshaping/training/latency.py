@@ -16,8 +16,6 @@ The file ``latency.json`` in the folder of a run has
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import time
@@ -33,10 +31,10 @@ from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.gate import gate_decisions
 from batchshaping.gates.inference import conditional_inference
-from batchshaping.training.config import read_whole_config
-from batchshaping.training.run import CONFIG, RESULT, RunError, load_run
+from batchshaping.training.folder import read_run_config
+from batchshaping.training.measurements import Measurement
+from batchshaping.training.run import load_run
 from batchshaping.training.threads import suitable_threads, using_threads
-from batchshaping.training.trainer import write_json
 
 __all__ = [
     "LATENCY",
@@ -50,6 +48,8 @@ __all__ = [
 
 LATENCY = "latency.json"
 """Name of the file in the folder of a run."""
+
+_LATENCY = Measurement(LATENCY, version=1, noun="latency", option="--latency")
 
 Candidate = Callable[[int], AbstractContextManager[Callable[[], object]]]
 """What is timed in a turn, by the number of the turn; entering and leaving the context is not timed."""
@@ -160,7 +160,7 @@ def measure_run(
         DataError: if the data cannot be used.
     """
     network, data = load_run(output, **settings)
-    config = read_whole_config(output / CONFIG, **settings)
+    config = read_run_config(output, **settings)
     dense = config.network.ungated(len(data.classes), data.shape)
     networks = {"dense": dense_inference(dense)}
     chosen = torch.linspace(0, len(data.test) - 1, min(images, len(data.test))).long().tolist()
@@ -173,30 +173,16 @@ def measure_run(
         spent = cost.per_example(gate_decisions(network) if cost.widths else []).expand(len(chosen))
     with using_threads(threads or suitable_threads(network, cost.dense)):
         seconds = seconds_of_images(networks, inputs, repeats)
-        measured = {
-            "version": _VERSION,
-            "result": _digest(output),
-            "machine": machine(),
-            "repeats": repeats,
-            "images": chosen,
-            "multiply_adds": spent.tolist(),
-            "seconds": {name: values.tolist() for name, values in seconds.items()},
-        }
-    try:
-        write_json(measured, output / LATENCY)
-    except OSError as error:
-        raise RunError(f"{output}: {error.strerror or error}, expected a folder to write to") from None
+        measured = _LATENCY.of(
+            output,
+            machine=machine(),
+            repeats=repeats,
+            images=chosen,
+            multiply_adds=spent.tolist(),
+            seconds={name: values.tolist() for name, values in seconds.items()},
+        )
+    _LATENCY.write(measured, output)
     return measured
-
-
-_VERSION = 1
-
-
-def _digest(output: Path) -> str:
-    try:
-        return hashlib.sha256((output / RESULT).read_bytes()).hexdigest()
-    except OSError as error:
-        raise RunError(f"{output / RESULT}: {error.strerror or error}") from None
 
 
 def read_latency(output: Path) -> dict[str, Any] | None:
@@ -208,22 +194,4 @@ def read_latency(output: Path) -> dict[str, Any] | None:
     Raises:
         RunError: in one line, if the file cannot be read, or belongs to another result.
     """
-    folder = output if output.is_dir() else output.parent
-    path = folder / LATENCY
-    if not os.path.lexists(path) or (output != folder and output.name != RESULT):
-        return None
-    try:
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        version = measured["version"]
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}") from None
-    except (LookupError, TypeError, ValueError, RecursionError):
-        raise RunError(f"{path}: expected the latency of a run, received something else") from None
-    if version != _VERSION:
-        raise RunError(f"{path}: expected version {_VERSION}, received {version!r}"[:200])
-    if measured.get("result") != _digest(folder):
-        raise RunError(
-            f"{path}: expected the latency of the result beside it, received another's; "
-            "batchshaping evaluate --latency measures it anew"
-        )
-    return dict(measured)
+    return _LATENCY.read(output)

@@ -22,6 +22,7 @@ from batchshaping.training.evaluation import Evaluation
 from batchshaping.training.objective import Objective
 from batchshaping.training.schedules import Cosine, Schedule, Steps
 from batchshaping.training.sections import DataSettings, OptimizationSettings
+from batchshaping.training.teacher import TaughtImages, Teacher
 
 __all__ = ["DataModule", "GatedClassifier", "make_network"]
 
@@ -53,6 +54,7 @@ class GatedClassifier(pl.LightningModule):
             names, and gives the scale of the gates' noise. Its parameters are trained with the gates'.
         optimization: how the weights are trained.
         data: the data set.
+        teacher: a network whose outputs are learned beside the labels, if any. It is no part of checkpoints.
 
     Attributes:
         history: metrics of each epoch, which can be written as JSON. They are part of every checkpoint.
@@ -69,6 +71,7 @@ class GatedClassifier(pl.LightningModule):
         objective: Objective,
         optimization: OptimizationSettings,
         data: Data,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -76,6 +79,7 @@ class GatedClassifier(pl.LightningModule):
         self.objective = objective
         self.optimization = optimization
         self.data = data
+        self.teacher = teacher
         self._gates = [module for module in network.modules() if isinstance(module, Gate)]
         if self._gates:
             objective.check_budget(cost.fixed / cost.dense)
@@ -95,15 +99,22 @@ class GatedClassifier(pl.LightningModule):
         # All random numbers of an epoch follow from this, so that a run can go on from the end of any epoch.
         torch.manual_seed(_seed(self.optimization.seed, self.current_epoch, self.global_rank))
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         noise = self.objective.noise(self.progress)
         for gate in self._gates:
             gate.noise.fill_(noise)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.network.to(self.device, next(self.network.parameters()).dtype)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels, *taught = batch  # the outputs of a teacher, where they are known before
         logits = self.network(images)
-        losses = {"cross_entropy": F.cross_entropy(logits, labels)}
+        if self.teacher is None:
+            losses = {"cross_entropy": F.cross_entropy(logits, labels)}
+        else:
+            losses = self.teacher.losses(logits, labels, *taught or [self.teacher.logits(images)])
         if self._gates:
             losses |= self.objective(gate_probabilities(self.network), self._cost, self.progress)
         loss = torch.stack([*losses.values()]).sum()
@@ -217,17 +228,34 @@ class DataModule(pl.LightningDataModule):
         settings: whether training images are augmented, and how many processes load them.
         batch_size: number of images in a batch of one rank.
         seed: seed of the order of the training images.
+        teacher: a network whose outputs are learned, if any. They are computed once for each image where
+            training images are not augmented.
+        memory_format: order of the dimensions of a batch in memory.
     """
 
-    def __init__(self, data: Data, settings: DataSettings, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        data: Data,
+        settings: DataSettings,
+        batch_size: int,
+        seed: int,
+        teacher: Teacher | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         super().__init__()
         self.data = data
+        self.teacher = teacher
+        self._train: Images | TaughtImages = data.train
         self.settings = settings
         self.batch_size = batch_size
         self.seed = seed
+        self.memory_format = memory_format
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         trainer = _trainer(self)
+        if self.teacher is not None and not self.settings.augment and self._train is self.data.train:
+            precision = trainer.precision_plugin.forward_context()
+            self._train = self.teacher.images(self.data.train, self.data, self.batch_size, precision)
         sampler: DistributedSampler[Batch] = DistributedSampler(
             self.data.train,  # type: ignore[arg-type]
             trainer.world_size,
@@ -236,14 +264,14 @@ class DataModule(pl.LightningDataModule):
             drop_last=True,
         )
         sampler.set_epoch(trainer.current_epoch)
-        return self._loader(self.data.train, sampler)
+        return self._loader(self._train, sampler)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Any]:
         trainer = _trainer(self)
         own = range(trainer.global_rank, len(self.data.test), trainer.world_size)
         return self._loader(self.data.test, own)
 
-    def _loader(self, images: Images, sampler: Any) -> DataLoader[Batch]:
+    def _loader(self, images: Images | TaughtImages, sampler: Any) -> DataLoader[Any]:
         trainer = _trainer(self)
         training = isinstance(sampler, DistributedSampler)
         return batches(
@@ -257,12 +285,13 @@ class DataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        images, labels = batch
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, ...]:
+        images, *rest = batch
         trainer = _trainer(self)
         if trainer.training and self.settings.augment and (self.data.padding or self.data.flip):
             images = shift_and_flip(images, self.data.padding, self.data.flip)
-        return self.data.normalize(images).to(trainer.lightning_module.dtype), labels
+        normalized = self.data.normalize(images).to(trainer.lightning_module.dtype)
+        return normalized.contiguous(memory_format=self.memory_format), *rest
 
 
 def _trainer(module: DataModule) -> pl.Trainer:

@@ -5,6 +5,7 @@ A folder contains
 ========================== ==========================================================================
 ``config.yaml``            every setting, from which the run can be repeated
 ``history.json``           metrics of each epoch
+``teacher.safetensors``    the teacher, if there is one
 ``checkpoint.safetensors`` the state at the end of the last epoch, from which the run goes on
 ``model.safetensors``      the trained weights
 ``result.json``            everything that the report shows
@@ -18,7 +19,6 @@ another result. Files of earlier versions without a checksum are read as they ar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -39,15 +39,27 @@ from torch import nn
 import batchshaping
 from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.storage.files import created, only_writer
-from batchshaping.training.checkpoints import read_checkpoint, read_tensors, write_tensors
-from batchshaping.training.config import MAY_CHANGE, RunConfig, read_whole_config, write_config
+from batchshaping.training.checkpoints import read_checkpoint, write_tensors
+from batchshaping.training.config import MAY_CHANGE, RunConfig, write_config
 from batchshaping.training.data import Data, DataError, load_data
 from batchshaping.training.evaluation import evaluate
+from batchshaping.training.folder import (
+    CONFIG,
+    MODEL,
+    RESULT,
+    RunError,
+    read_result,
+    read_run_config,
+    trained_network,
+    write_result,
+)
 from batchshaping.training.module import DataModule, GatedClassifier
 from batchshaping.training.objective import Objective
+from batchshaping.training.recalibration import recalibrate
 from batchshaping.training.start import Start, from_anywhere
+from batchshaping.training.teacher import Teacher
 from batchshaping.training.threads import suitable_threads, using_threads
-from batchshaping.training.trainer import CHECKPOINT, HISTORY, make_trainer, silenced, write_json
+from batchshaping.training.trainer import CHECKPOINT, HISTORY, make_trainer, silenced
 
 __all__ = [
     "RunError",
@@ -60,13 +72,8 @@ __all__ = [
     "train",
 ]
 
-CONFIG = "config.yaml"
-MODEL = "model.safetensors"
-RESULT = "result.json"
-
-
-class RunError(Exception):
-    """The folder of a run cannot be used; the message says in one line why."""
+TEACHER = "teacher.safetensors"
+"""Name of the file with the teacher."""
 
 
 def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[str, Any]:
@@ -87,9 +94,11 @@ def train(config: RunConfig, output: Path, *, progress: bool = False) -> dict[st
             if the machine has no such devices.
     """
     start = Start.of(config)
-    if start is not None:
-        config = config.model_copy(update={"start_sha256": start.sha256})
-    training = _Training.of(config, output, progress, start)
+    data = load_data(config.data)
+    teacher = Teacher.of(config, data, start)
+    sums = {"start_sha256": start and start.sha256, "teacher_sha256": teacher and teacher.sha256}
+    config = config.model_copy(update=sums)
+    training = _Training.of(config, data, output, progress, start, teacher)
     with _held(output):
         _begin(config, output)
         return training.fit()
@@ -111,8 +120,8 @@ def resume(output: Path, *, progress: bool = False, **settings: Any) -> dict[str
             run; if another process is writing to it; or if other settings are given.
         ValueError: if ``config.yaml`` was cut off or changed, or does not have every setting.
     """
-    config = _config(output, **settings)
-    _refuse_changes(config, _config(output).model_dump(mode="json"), output)
+    config = read_run_config(output, **settings)
+    _refuse_changes(config, read_run_config(output).model_dump(mode="json"), output)
     # A broken link counts as a file that cannot be read, not as one that is not there yet.
     if os.path.lexists(output / RESULT):
         result = read_result(output)
@@ -123,7 +132,9 @@ def resume(output: Path, *, progress: bool = False, **settings: Any) -> dict[str
         if restored is not None:
             _refuse_changes(config, restored.config, output)
         start = Start.of(config) if restored is None else None
-        return _Training.of(config, output, progress, start).fit(restored)
+        data = load_data(config.data)
+        teacher = _kept_teacher(config, data, output, start)
+        return _Training.of(config, data, output, progress, start, teacher).fit(restored)
 
 
 def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
@@ -140,7 +151,7 @@ def evaluate_run(output: Path, **settings: Any) -> dict[str, Any]:
         RunError: if the folder contains no trained network.
         DataError: if the data cannot be used.
     """
-    return evaluate(*load_run(output, **settings), threads=_config(output, **settings).threads)
+    return evaluate(*load_run(output, **settings), threads=read_run_config(output, **settings).threads)
 
 
 def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
@@ -154,71 +165,31 @@ def load_run(output: Path, **settings: Any) -> tuple[nn.Module, Data]:
         RunError: if the folder contains no trained network.
         DataError: if the data cannot be used.
     """
-    config = _config(output, **settings)
-    data = load_data(config.data)
-    network = config.network.build(len(data.classes), data.shape)
-    path = output / MODEL
-    try:
-        weights, _ = read_tensors(path)
-        network.load_state_dict(weights)
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file; the run is not finished") from None
-    except (RuntimeError, OSError, ValueError):
-        raise RunError(
-            f"{path}: expected the weights of the network in {CONFIG}, whole and unchanged, received others"
-        ) from None
-    return network.eval(), data
+    data = load_data(read_run_config(output, **settings).data)
+    return trained_network(output, len(data.classes), data.shape, **settings), data
 
 
-def read_result(output: Path) -> dict[str, Any]:
-    """The result of a run.
-
-    Args:
-        output: the folder of the run, or a file such as the ``result.json`` in it.
-
-    Raises:
-        RunError: in one line, if it cannot be read.
-    """
-    path = output / RESULT if output.is_dir() else output
-    try:
-        with path.open("rb") as file:
-            text = file.read(_LARGEST_RESULT + 1)
-        if len(text) > _LARGEST_RESULT:
-            raise RunError(f"{path}: expected a result of at most {_LARGEST_RESULT} bytes, received more")
-        # An integer too large for a float is read as infinity, as a float of this size would be.
-        result: dict[str, Any] = json.loads(
-            text.decode(), parse_int=lambda n: int(n) if len(n) < 100 else float(n)
-        )
-        whole = isinstance(result, dict) and {"accuracy", "config", "cost", "history"} <= result.keys()
-        if not (whole and isinstance(result["config"], dict)):
-            raise ValueError
-        changed = result.pop(_CHECKSUM, None) not in (None, _checksum(result))
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        raise RunError(f"{path}: expected the result of a run, received something else") from None
-    if changed:
-        raise RunError(f"{path}: expected the result that the run wrote, received another: it was changed")
-    return result
-
-
-# In bytes; more than the result of a run with a thousand classes and ten thousand gates.
-_LARGEST_RESULT = 2**27
-
-_CHECKSUM = "sha256"
-
-
-def _checksum(result: dict[str, Any]) -> str:
-    """The checksum of everything but the duration, so that equal trainings have equal checksums."""
-    facts = {name: value for name, value in result.items() if name != "seconds"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _kept_teacher(config: RunConfig, data: Data, output: Path, start: Start | None) -> Teacher | None:
+    """The teacher with which a run began."""
+    if config.teaching.teacher_sha256 is None:
+        return None
+    if os.path.lexists(output / TEACHER):
+        try:
+            return Teacher.read(output / TEACHER, config, data)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{output / TEACHER}: {error}") from None
+    return Teacher.of(config, data, start)
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
     """The same configuration with absolute paths."""
-    folder, start = config.data.data_folder, config.optimization.start
-    update = {} if folder is None else {"data_folder": folder.resolve()}
-    return config.model_copy(update=update | ({} if start is None else {"start": from_anywhere(start)}))
+    folder, start, teacher = config.data.data_folder, config.optimization.start, config.teaching.teacher
+    update: dict[str, Any] = {} if folder is None else {"data_folder": folder.resolve()}
+    if start is not None:
+        update["start"] = from_anywhere(start)
+    if teacher not in (None, "start"):
+        update["teacher"] = str(Path(teacher).resolve())
+    return config.model_copy(update=update)
 
 
 def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path) -> None:
@@ -275,37 +246,46 @@ def _is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _config(output: Path, **settings: Any) -> RunConfig:
-    if not (output / CONFIG).exists():
-        raise RunError(f"{output}: expected the folder of a run, with {CONFIG} in it")
-    return read_whole_config(output / CONFIG, **settings)
-
-
-def make_classifier(config: RunConfig, data: Data, start: Start | None = None) -> GatedClassifier:
+def make_classifier(
+    config: RunConfig, data: Data, start: Start | None = None, teacher: Teacher | None = None
+) -> GatedClassifier:
     """What a configuration trains: network, cost and objective; PyTorch's generator is seeded for it.
 
     Args:
         config: the configuration.
         data: the data set.
         start: the weights to start from; with none, they are random.
+        teacher: the network whose outputs are learned, if any.
 
     Raises:
         ValueError: if the budget cannot be met, or the weights to start from do not fit.
     """
     torch.manual_seed(config.optimization.seed)
     network = config.network.build(len(data.classes), data.shape, start)
+    if config.machine.channels_last:
+        _refuse_channels_last(network)
+        network = network.to(memory_format=torch.channels_last)
     cost = MultiplyAdds.measure(network, torch.zeros(1, *data.shape))
     gates = sum(cost.widths.values())
     objective = Objective(config.objective, across_ranks=config.machine.processes > 1, gates=gates)
-    return GatedClassifier(network, cost, objective, config.optimization, data)
+    return GatedClassifier(network, cost, objective, config.optimization, data, teacher)
 
 
-def make_data_module(config: RunConfig, data: Data) -> DataModule:
+def _refuse_channels_last(network: nn.Module) -> None:
+    # For such layers, torch 2.14 on the CPU writes out of bounds.
+    for name, layer in network.named_modules():
+        pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride != (1, 1)
+        if pointwise and layer.in_channels == 4:
+            raise ValueError(f"channels_last needs other than 4 channels in {name}, received {layer}")
+
+
+def make_data_module(config: RunConfig, data: Data, teacher: Teacher | None = None) -> DataModule:
     """The batches in which a configuration trains.
 
     Args:
         config: the configuration.
         data: the data set.
+        teacher: the network whose outputs are learned, if any.
 
     Raises:
         DataError: if there are fewer training images than in a batch.
@@ -315,7 +295,8 @@ def make_data_module(config: RunConfig, data: Data) -> DataModule:
         raise DataError(
             f"batch_size must be at most the number of training images, {images}, received {batch_size}"
         )
-    return DataModule(data, config.data, config.batch_of_a_device, config.optimization.seed)
+    size, seed = config.batch_of_a_device, config.optimization.seed
+    return DataModule(data, config.data, size, seed, teacher, config.machine.memory_format)
 
 
 @dataclass(frozen=True)
@@ -329,11 +310,18 @@ class _Training:
     output: Path
 
     @classmethod
-    def of(cls, config: RunConfig, output: Path, progress: bool, start: Start | None) -> _Training:
-        data = load_data(config.data)
-        batches = make_data_module(config, data)
-        module, trainer = make_classifier(config, data, start), make_trainer(config, output, progress)
-        return cls(config, module, batches, trainer, output)
+    def of(
+        cls,
+        config: RunConfig,
+        data: Data,
+        output: Path,
+        progress: bool,
+        start: Start | None,
+        teacher: Teacher | None,
+    ) -> _Training:
+        batches = make_data_module(config, data, teacher)
+        module = make_classifier(config, data, start, teacher)
+        return cls(config, module, batches, make_trainer(config, output, progress), output)
 
     def fit(self, restored: _Restored | None = None) -> dict[str, Any]:
         """Train to the end, from the start or from a checkpoint, and write weights and result.
@@ -346,6 +334,7 @@ class _Training:
         going_on = restored.into(self.trainer) if restored else nullcontext()
         with silenced(), _written_to(self.output), using_threads(threads), going_on:
             try:
+                self._keep_teacher()
                 path = restored.path if restored else None
                 self.trainer.fit(self.module, self.batches, ckpt_path=path)
             except SystemExit:  # raised by Lightning when the training was interrupted
@@ -359,8 +348,14 @@ class _Training:
         with _written_to(self.output):
             weights = {name: value.contiguous() for name, value in self.module.network.state_dict().items()}
             write_tensors(weights, self.output / MODEL)
-            write_json({**result, _CHECKSUM: _checksum(result)}, self.output / RESULT)
+            write_result(result, self.output)
         return result
+
+    def _keep_teacher(self) -> None:
+        """Write the teacher to the folder, so that the run can go on without the one it came from."""
+        teacher = self.module.teacher
+        if teacher is not None and self.trainer.is_global_zero and not (self.output / TEACHER).exists():
+            teacher.write(self.output / TEACHER)
 
     def _threads(self) -> int:
         return self.config.machine.threads or suitable_threads(
@@ -375,7 +370,10 @@ class _Training:
         # Lightning moves the network to the CPU after training; it is evaluated where it was trained.
         device = self.trainer.strategy.root_device
         dtype = torch.float64 if config.machine.precision == "64" else torch.float32
-        network = self.module.network.to(device, dtype)
+        network = self.module.network.to(device, dtype).to(memory_format=torch.contiguous_format)
+        if config.optimization.recalibrate and self.module.cost.widths:
+            torch.manual_seed(config.optimization.seed)  # where a folder of images crops them at random
+            recalibrate(network, data, config.batch_of_a_device, config.data.workers)
         metrics = evaluate(
             network, data, workers=config.data.workers, device=device, threads=config.machine.threads
         )
@@ -394,8 +392,16 @@ class _Training:
             **metrics,
             **config.network.findings(network, data, metrics),
             "priors": self.module.objective.learned_priors(),
+            "teacher": None if self.module.teacher is None else self._taught_by(self.module.teacher, device),
             "history": self.module.history,
         }
+
+    def _taught_by(self, teacher: Teacher, device: torch.device) -> dict[str, Any]:
+        """What a report tells of the teacher."""
+        network, machine = teacher.network.to(device, torch.float32), self.config.machine
+        workers = self.config.data.workers
+        metrics = evaluate(network, self.module.data, workers=workers, device=device, threads=machine.threads)
+        return {name: metrics[name] for name in ("accuracy", "multiply_adds", "loss")}
 
 
 class _Restored(Callback):

@@ -1,7 +1,8 @@
-"""The sections of a configuration, each a value of its own: data, objective, optimization and machine.
+"""The sections of a configuration, each a value of its own.
 
-The fifth section, the network, is in ``batchshaping.training.networks``. The name of a setting is unique
-over all sections, and is the same in files and on the command line.
+They are data, objective, teacher, optimization and machine; the network has one for each family, in
+``batchshaping.training.networks``. The name of a setting is unique over all sections, and is the same in
+files and on the command line.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -36,6 +38,7 @@ __all__ = [
     "Positive",
     "Section",
     "Share",
+    "TeacherSettings",
     "one_line",
     "one_of",
 ]
@@ -193,6 +196,22 @@ class ObjectiveSettings(Section):
         return self
 
 
+class TeacherSettings(Section):
+    """The settings of the :class:`~batchshaping.training.teacher.Teacher`."""
+
+    heading = "Teacher: a trained network whose outputs the network learns"
+
+    teacher: str | None = "start"
+    """Trained network that teaches: the folder of a run; or start, with which a network with gates is taught
+    by the one without gates that it starts from, if all its weights fit. With none, there is no teacher."""
+    teacher_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Checksum that the weights of the teacher must have. A run writes it to its configuration."""
+    teacher_weight: Share = 0.7
+    """Weight of the outputs of the teacher; the labels have the rest."""
+    teacher_temperature: Positive = 2.0
+    """Temperature by which the outputs of both networks are divided, so that unlikely classes count more."""
+
+
 class OptimizationSettings(Section):
     """How the weights are trained."""
 
@@ -225,6 +244,9 @@ class OptimizationSettings(Section):
     """Nesterov momentum of stochastic gradient descent."""
     weight_decay: NotNegative = 5e-4
     """Weight decay of everything but the gates."""
+    recalibrate: bool = True
+    """Whether a network with gates takes the statistics of its batch normalization anew at the end of
+    training, with its gates as in evaluation."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights, the order of the images, their augmentation and the noise of the gates."""
 
@@ -244,6 +266,9 @@ class MachineSettings(Section):
     """Number of threads of each process on the CPU. By default, one for small layers, more for large ones."""
     precision: Literal["32", "16-mixed", "bf16-mixed", "64"] = "32"
     """Floating-point precision of the computation."""
+    channels_last: bool = False
+    """Whether images and layers have their channels in the last dimension in memory, which is faster for
+    convolutions of many channels. Results differ by rounding."""
     sync_batch_norm: bool = False
     """Whether batch normalization uses the statistics of the batch of all devices."""
     evaluate_every: Count = 1
@@ -252,6 +277,11 @@ class MachineSettings(Section):
     """Format of the log of the training steps."""
     log_every: Count = 10
     """Number of steps between two entries of the log."""
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Order of the dimensions of images in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def processes(self) -> int:

@@ -73,6 +73,11 @@ class Start:
         """Checksum of names, types, shapes and values, whatever file they are in."""
         return checksum(self.weights)
 
+    def fits(self, network: nn.Module) -> bool:
+        """Whether the weights are those of a network as they are: none is missing, adapted or left new."""
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        return shapes == {name: value.shape for name, value in self.weights.items()}
+
     def __call__(self, network: nn.Module) -> None:
         """Put the weights into a network.
 

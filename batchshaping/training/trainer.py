@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,12 +16,12 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from batchshaping.storage.files import replaced
+from batchshaping.storage.files import write_json
 from batchshaping.training.checkpoints import SafeCheckpoints
 from batchshaping.training.config import RunConfig
 from batchshaping.training.module import GatedClassifier
 
-__all__ = ["CHECKPOINT", "HISTORY", "make_trainer", "silenced", "write_json"]
+__all__ = ["CHECKPOINT", "HISTORY", "make_trainer", "silenced"]
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of the file with the state at the end of the last epoch."""
@@ -89,16 +88,6 @@ def silenced() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file, as a whole or not at all.
-
-    Raises:
-        OSError: if the file cannot be written; an earlier one is then as it was.
-    """
-    with replaced(path) as partial:
-        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _no_logger(output: Path) -> bool:

@@ -28,7 +28,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 from batchshaping.figures.style import house_style
 from batchshaping.report.page import report_html
 from batchshaping.storage.files import replaced
-from batchshaping.training.config import RunConfig
+from batchshaping.training.config import RunConfig, recorded_config
 from batchshaping.training.run import read_result, train
 from batchshaping.training.threads import using_threads
 
@@ -52,6 +52,8 @@ SHARED = {
     "batch_size": 128,
     "schedule": "cosine",
     "evaluate_every": 4,
+    "teacher": None,
+    "recalibrate": False,
     "logger": "none",
 }
 GATED = {"width": 8, "penalty": 5.0}
@@ -74,7 +76,7 @@ def runs(quick: bool) -> Iterator[tuple[str, RunConfig]]:
 
 def finished(path: Path, config: RunConfig) -> bool:
     """Whether there is a result of this very configuration."""
-    return path.exists() and RunConfig(**json.loads(path.read_text())["config"]) == config
+    return path.exists() and recorded_config(json.loads(path.read_text())["config"]) == config
 
 
 def run(name: str, config: RunConfig, folder: Path) -> str:
@@ -84,17 +86,17 @@ def run(name: str, config: RunConfig, folder: Path) -> str:
     if config.seed != SEEDS[0]:
         result["least"] = result["most"] = []
     with replaced(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps(_rounded(result), separators=(",", ":")) + "\n")
+        partial.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
     return f"{name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """With five digits, which is what a figure shows."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def by_arm(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

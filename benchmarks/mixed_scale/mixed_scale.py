@@ -28,7 +28,7 @@ from batchshaping.figures.masks import draw_region_map
 from batchshaping.figures.style import house_style
 from batchshaping.report.page import report_html
 from batchshaping.storage.files import replaced
-from batchshaping.training.config import RunConfig
+from batchshaping.training.config import RunConfig, recorded_config
 from batchshaping.training.run import read_result, resume, train
 from batchshaping.training.threads import using_threads
 
@@ -57,6 +57,8 @@ SHARED = {
     "penalty": 0.0,
     "shaping": 0.0,
     "logger": "none",
+    "teacher": None,
+    "recalibrate": False,
 }
 FROM_NOTHING = {"learning_rate": 2e-3, "epochs": 4}
 FROM_FINE = {
@@ -186,8 +188,8 @@ def finished(path: Path, config: RunConfig) -> bool:
     """Whether there is a result of this very configuration, wherever its start lay."""
     if not path.exists():
         return False
-    start = {"start": None, "start_sha256": None}
-    return RunConfig(**{**json.loads(path.read_text())["config"], **start}) == config
+    start = {"start": None, "start_sha256": None, "teacher_sha256": None}
+    return recorded_config({**json.loads(path.read_text())["config"], **start}) == config
 
 
 def run(name: str, config: RunConfig, folders: Path, results: Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from commands import refused
-from report_results import BINS, DENSE, drawn, latency, result, stated
+from report_results import BINS, DENSE, budgets, drawn, latency, result, stated
 
 from batchshaping.report.page import prior_masses, report_html, write_report
 from batchshaping.training.config import RunConfig
@@ -58,6 +58,23 @@ def test_the_headline_says_what_was_saved_and_what_it_cost() -> None:
     assert heading({"a": worse}) == "An ungated run with 98.0% accuracy"
     assert heading({"a": worse, "b": better}) == "2 ungated runs with 98.5% accuracy"
     assert heading({"a": worse, "b": other}) == "2 ungated runs with 50.0 to 98.0% accuracy"
+
+
+def test_the_headline_says_how_fast_a_network_is_beside_its_teacher() -> None:
+    def measured(accuracy: float, dense: float) -> dict[str, Any]:
+        seconds = {"conditional": [0.001, 0.002, 0.003], "dense": [dense] * 3}
+        latency = {"machine": {"processor": "a CPU", "threads": 1}, "repeats": 5, "multiply_adds": [1.0] * 3}
+        taught = {"teacher": {"accuracy": 0.985}, "latency": {**latency, "seconds": seconds}}
+        return result(accuracy=accuracy, share=0.4) | taught
+
+    saving = "a gated run saving 60.0% of the multiply-adds"
+    assert heading({"a": measured(0.98, 0.004)}) == (
+        f"Within 0.5 points of the accuracy of its teacher, and 2.0 times as fast: {saving}"
+    )
+    original = result(gated=False, accuracy=0.985)
+    assert heading({"a": measured(0.99, 0.001), "b": original}) == (
+        f"0.5 points more accurate than its teacher, and 2.0 times as slow: {saving}"
+    )
 
 
 def test_a_column_compares_with_references_if_there_are_any() -> None:
@@ -402,6 +419,55 @@ def test_what_training_writes_can_be_reported(tmp_path: Path) -> None:
         "batch-shaping": runs["gated"]["multiply_adds"],
         "ungated": runs["ungated"]["multiply_adds"],
     }
+
+
+# Budgets
+
+
+def test_the_curve_of_one_network_is_drawn_alone_and_beside_those_trained_for_each() -> None:
+    runs = {"a<b": result() | {"budgets": budgets()}, "b": result(budget=0.2), "c": result(seed=1)}
+    page = report_html(runs)
+    first, *others = drawn(page)["runs"]
+    curve = first["budgets"]["at other budgets"]
+    assert [point["x"] for point in curve] == pytest.approx([0.29 * DENSE, 1.01 * DENSE, 1.01 * DENSE])
+    assert [point["y"] for point in curve] == [0.88, 0.9, 0.9]
+    assert [run["budgets"] for run in others] == [None, None]
+    assert first["budgets"]["as trained"][0]["y"] == result()["accuracy"]
+    assert first["budgets"]["with the promise"][0]["y"] == 0.88
+    *_, added = drawn(page)["comparisons"][0]
+    assert added["name"] == "a&lt;b at other budgets" and added["symbol"] == "square-open"
+    assert [point["multiply_adds"]["mean"] for point in added["points"]] == [p["x"] for p in curve]
+    assert "found on the training images." in page and "budget 30.0%" in page
+
+
+def test_the_page_says_what_is_promised_and_how_it_was_kept() -> None:
+    text = " ".join(report_html({"a": result() | {"budgets": budgets()}}).split())
+    assert (
+        "With confidence 95%, the accuracy on new images is at most 1 point lower at shift −0.5 than with "
+        "all gates open: certified by 500 images (every second of the test images). On 500 others (the "
+        "others) the difference is −2.0 points, at 29.0% of the multiply-adds."
+    ) in text
+    html = report_html({"a": result() | {"budgets": budgets(certified=False)}})
+    assert "No shift could be certified to lose at most 1 point of accuracy" in html
+    assert "with the promise" not in drawn(html)["runs"][0]["budgets"]
+    assert 'id="budgets-title"' not in report_html({"a": result()})
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        (
+            {"test": {"all_open": {"multiply_adds": 1, "accuracy": 1}, "points": []}},
+            "budgets of other points",
+        ),
+        ({"calibration": {"points": []}}, "one without 'examples'"),
+        ({"guarantee": {}}, "one without 'tested'"),
+        ({"guarantee": 3}, "something else"),
+    ],
+)
+def test_budgets_that_nobody_measured_are_refused_in_a_line(change: dict[str, Any], received: str) -> None:
+    with pytest.raises(ValueError, match=f"^'bad': expected the result of a run, received .*{received}$"):
+        report_html({"bad": stated(result()) | {"budgets": budgets() | change}})
 
 
 # Latency

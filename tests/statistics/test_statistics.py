@@ -32,8 +32,10 @@ from torch.autograd import gradcheck
 
 import batchshaping as bs
 from batchshaping.experiments.fit import fit, published_start
+from batchshaping.statistics.cramer_von_mises import CramerVonMises
 from batchshaping.statistics.epps_pulley import EppsPulley
-from batchshaping.statistics.statistic import Statistic
+from batchshaping.statistics.samples import Samples
+from batchshaping.statistics.statistic import Comparison, Statistic, Terms
 
 F64 = torch.float64
 
@@ -43,6 +45,32 @@ class AbsoluteDistance(Statistic):
 
     def terms(self, values: Tensor, positions: Tensor, prior: td.Distribution) -> Tensor:
         return (values - prior.icdf(positions)).abs()
+
+
+class OfFields(CramerVonMises):
+    """A closed form that takes the fields of a comparison, and gives them on."""
+
+    def closed_form(  # type: ignore[override]
+        self, prior: Any, parameters: Any, samples: Samples, logits: bool, gradients: bool
+    ) -> Callable[[slice], Terms]:
+        terms_of: Callable[[slice], Terms] = super().closed_form(  # type: ignore[call-arg]
+            prior, parameters, samples, logits=logits, gradients=gradients
+        )
+        return terms_of
+
+
+class OfOperands(OfFields):
+    """One that gives on what it gets."""
+
+    def closed_form(self, *operands: Any) -> Callable[[slice], Terms]:
+        return super().closed_form(*operands)
+
+
+class OfAComparison(OfOperands):
+    """One that takes a comparison, above others that take its fields."""
+
+    def closed_form(self, comparison: Comparison) -> Callable[[slice], Terms]:  # type: ignore[override]
+        return super().closed_form(comparison)
 
 
 # What they are
@@ -486,3 +514,18 @@ def test_epps_pulley_of_an_infinite_sample_is_nan_with_a_mask_and_without(
     x = torch.tensor([0.1, 0.3, torch.inf, -0.4])
     for mask in (None, torch.tensor(True), torch.tensor([True, True, True, False])):
         assert bool(bs.batch_shaping(x, family(0.0, 1.0), statistic="epps_pulley", mask=mask).isnan())
+
+
+@pytest.mark.parametrize("statistic", [OfFields, OfOperands, OfAComparison])
+@pytest.mark.parametrize("logits", [False, True])
+def test_a_closed_form_takes_a_comparison_or_its_fields(
+    statistic: type[CramerVonMises], logits: bool
+) -> None:
+    x, a, b = torch.randn(20), torch.tensor(2.0), torch.tensor(6.0)
+    found = []
+    for each in (statistic(), CramerVonMises()):
+        assert each.in_closed_form
+        operands = [t.clone().requires_grad_() for t in (x if logits else torch.sigmoid(x), a, b)]
+        loss = bs.batch_shaping(operands[0], bs.Beta(*operands[1:]), statistic=each, logits=logits)
+        found.append([loss, *torch.autograd.grad(loss, operands)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -83,6 +83,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "noise_end": st.none() | st.floats(0, 1, exclude_min=True),
     "start": st.none() | text.filter(lambda source: source not in ("none", "null")),
     "start_sha256": st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
+    "teacher": st.none() | text.filter(lambda source: source not in ("none", "null")),
+    "teacher_sha256": st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
+    "teacher_weight": shares,
+    "teacher_temperature": positive,
     "epochs": counts,
     "batch_size": counts,
     "accumulate": st.integers(1, 8),
@@ -100,6 +104,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "threads": st.none() | st.integers(1, 1024),
     "precision": st.sampled_from(["32", "16-mixed", "bf16-mixed", "64"]),
     "sync_batch_norm": st.booleans(),
+    "recalibrate": st.booleans(),
+    "channels_last": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
     "evaluate_every": counts,
     "logger": st.sampled_from(["csv", "tensorboard", "none"]),
@@ -135,6 +141,8 @@ def consistent(settings: dict[str, Any]) -> dict[str, Any]:
         settings["start"] = None
     elif settings["start"] is None:
         settings["start_sha256"] = None
+    if settings["teacher"] is None:
+        settings["teacher_sha256"] = None
     parts = settings["accumulate"] * settings["devices"] * settings["nodes"]
     return settings | {"batch_size": (settings["batch_size"] + 1) * parts}
 
@@ -609,7 +617,8 @@ def test_a_setting_that_came_later_has_its_default_where_the_file_is_whole(
             return super().model_dump(**settings, exclude={"log_every", "logger"})
 
     write_config(Earlier(epochs=3), path)
-    assert read_whole_config(path) == RunConfig(epochs=3)
+    # What had no setting then was not done.
+    assert read_whole_config(path) == RunConfig(epochs=3, teacher=None, recalibrate=False)
 
 
 def test_a_file_that_cannot_be_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -704,4 +713,5 @@ def test_a_file_from_before_there_were_checksums_is_read_whole(tmp_path: Path) -
     write_config(RunConfig(epochs=3), path)
     settings = yaml.safe_load(path.read_text())
     path.write_text(yaml.dump({name: settings[name] for name in BEFORE_CHECKSUMS}))
-    assert read_whole_config(path) == RunConfig(epochs=3)
+    # What had no setting then was not done.
+    assert read_whole_config(path) == RunConfig(epochs=3, teacher=None, recalibrate=False)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from batchshaping.training.data.dataset import Batch, Images
-
 __all__ = ["batches"]
 
 
-def batches(images: Images, size: int, *, seed: int = 0, **settings: Any) -> DataLoader[Batch]:
+def batches(images: Sized, size: int, *, seed: int = 0, **settings: Any) -> DataLoader[Any]:
     """Images in batches, in their order or in the order of a sampler.
 
     Args:
-        images: the images.
+        images: the images; a method ``__getitems__`` gives a batch of them by their indices.
         size: number of images in a batch.
         seed: seed of the processes that load images; the state of PyTorch's own generator does not change.
         settings: other arguments of ``torch.utils.data.DataLoader``, such as ``sampler`` and ``num_workers``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -84,6 +85,24 @@ class MixedScaleViT(Network):
         if not self._is_small:
             return f"ViT-{self.name.removeprefix('msvit-').removesuffix('16').capitalize()}/16, all fine"
         return f"ViT/{self.patch}, width {self.embedding}, depth {self.depth}, {self.heads} heads, all fine"
+
+    def recipe(self, budget: float) -> dict[str, Any]:
+        # Of k² patches in a region, a coarse one leaves one token.
+        patches = self.coarse_side**2
+        density = min(max((patches * budget - 1) / (patches - 1), 0.02), 0.98)
+        return {
+            **super().recipe(budget),
+            "scale_layers": 3,
+            "gate_bias": round(math.log(density / (1 - density)), 3),
+            "hyperprior": (round(10 * density, 3), round(10 * (1 - density), 3)),
+            "shaping": 20.0,
+            "shaping_end": None,
+            "penalty": 0.0,
+            "noise_end": 0.8,
+            "learning_rate": 1e-3,
+            "gate_learning_rate": 4e-3,
+            "prior_learning_rate": 0.05,
+        }
 
     @property
     def library_weights(self) -> str | None:

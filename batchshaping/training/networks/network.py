@@ -32,6 +32,8 @@ class Network(Section):
 
     name: str = Field(alias="network")
     """Name of the network."""
+    gated: bool = True
+    """Whether the network has gates."""
 
     @property
     def without_effect(self) -> tuple[str, ...]:
@@ -83,6 +85,14 @@ class Network(Section):
     @abstractmethod
     def reference(self) -> str:
         """Name of the network of whose multiply-adds shares are taken, the same without gates."""
+
+    def recipe(self, budget: float) -> dict[str, Any]:
+        """Settings with which gates are added to a trained network of this family.
+
+        Args:
+            budget: share of the multiply-adds that an image may cost, on average.
+        """
+        return {"gated": True}
 
     # What measurements of inference need to know
 
