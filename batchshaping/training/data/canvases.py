@@ -321,7 +321,7 @@ FORMS = Canvases(
     background=0.02,
     printed=0.1,
 )
-"""Forms of 3 x 3 places: one always has a digit, the one beside it on every second form; three have decoys."""
+"""Forms of 3 x 3 places: one always has a digit, one on every second form, and three others have decoys."""
 
 
 def _digits() -> tuple[Tensor, Tensor, dict[Part, Tensor]]:
