@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 _Value = TypeVar("_Value")
-_Reduction = Callable[[Layers, Tensor], Tensor | list[Tensor]]
-_REDUCTIONS: dict[str, _Reduction] = {
-    "mean": Layers.total_of_means,
-    "sum": lambda _, loss: loss.sum(),
-    "none": Layers.split,
+_Weights = Callable[[Layers], float | Tensor | None]
+_REDUCTIONS: dict[str, _Weights] = {
+    "mean": Layers.weights_of_means,
+    "sum": lambda _: 1.0,
+    "none": lambda _: None,
 }
 
 
@@ -90,8 +90,8 @@ def chosen_statistic(statistic: str | Discrepancy) -> Discrepancy:
     return STATISTICS[statistic]
 
 
-def chosen_reduction(reduction: str) -> _Reduction:
-    """What makes one loss, or a list, of the losses of all arrays, by its name."""
+def chosen_reduction(reduction: str) -> _Weights:
+    """What tells the weights with which the losses of the arrays are added up, None if they are not."""
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         known = ", ".join(map(repr, _REDUCTIONS))
         raise ValueError(f"reduction must be one of {known}, received {reduction!r}")
