@@ -162,7 +162,7 @@ def shaping_loss(
     history: History | None = None,
 ) -> Any:
     """:func:`batch_shaping` with a history of past batches."""
-    statistic, weights_of = chosen_statistic(settings.statistic), chosen_reduction(settings.reduction)
+    statistic, reduction = chosen_statistic(settings.statistic), chosen_reduction(settings.reduction)
     priors = one_for_each(prior, x, "prior")
     for each in dict(zip(map(id, priors), priors, strict=True)).values():
         check_prior(each)
@@ -184,7 +184,7 @@ def shaping_loss(
         _check_samples(sum(columns.now), None, tensors, settings.dim)
         batch = columns.scattered(batch, current.counts)
         parts = [part.within(columns.own) for part in parts]
-    options, weights = Options(settings.ties, settings.logits), weights_of(layers)
+    options, weights = Options(settings.ties, settings.logits), reduction.weights(layers)
     if columns is None:
         loss = _loss_of_parts(statistic, parts, batch, options, weights)
     else:
@@ -193,7 +193,9 @@ def shaping_loss(
         history.remember(current.values, current.counts)
     dtype = tensors[0].dtype
     loss = loss if loss.dtype == dtype else loss.to(dtype)
-    return layers.split(loss.reshape(layers.shape)) if weights is None else loss
+    if weights is None:
+        return layers.split(loss.reshape(layers.shape))
+    return loss + reduction.of_none if 0 in layers.sizes else loss
 
 
 def _current(layers: Layers, tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -90,14 +89,14 @@ class Layers:
 
         One number if they are equal, and else a number for each array.
         """
-        if 0 in self.sizes:
-            return math.nan  # torch's mean of no values
-        first = self.sizes[0]
-        if all(size == first for size in self.sizes):
-            return 1 / first
-        weights = torch.tensor([1 / size for size in self.sizes], dtype=torch.float64, device="cpu")
-        repeats = torch.tensor(self.sizes, device="cpu")
-        return weights.repeat_interleave(repeats, output_size=sum(self.sizes))
+        sizes = [size for size in self.sizes if size]
+        if not sizes:
+            return 1.0
+        if all(size == sizes[0] for size in sizes):
+            return 1 / sizes[0]
+        weights = torch.tensor([1 / size for size in sizes], dtype=torch.float64, device="cpu")
+        repeats = torch.tensor(sizes, device="cpu")
+        return weights.repeat_interleave(repeats, output_size=sum(sizes))
 
     def parts(self, priors: Sequence[Distribution]) -> list[Part]:
         """The arrays by the priors that they have, as few parts as priors can be joined to.
