@@ -58,9 +58,11 @@ class Layers:
     def __init__(self, tensors: Tensor | Sequence[Tensor], dim: int | Sequence[int] | None) -> None:
         self.single = isinstance(tensors, Tensor)
         self.dims, self.samples, self.shapes, self.sizes = [], [], [], []
+        dims_of: dict[int, tuple[int, ...]] = {}
         for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
             shape = tensor.shape
-            dims = canonical_dims(dim, len(shape))
+            ndim = len(shape)
+            dims = dims_of[ndim] if ndim in dims_of else dims_of.setdefault(ndim, canonical_dims(dim, ndim))
             arrays = torch.Size([size for d, size in enumerate(shape) if d not in dims])
             self.dims.append(dims)
             self.samples.append(torch.Size([shape[d] for d in dims]).numel())
