@@ -60,14 +60,14 @@ from batchshaping.cdfs.betaincinv import betaincinv
 from batchshaping.gates.calibration import shift_as_json
 from batchshaping.gates.outcomes import Outcome, outcomes
 
-__all__ = ["SHIFTS", "Guarantee", "TestedShift", "described_shift", "guarantee", "p_value_of_loss"]
+__all__ = ["SHIFTS", "Guarantee", "TriedShift", "described_shift", "guarantee", "p_value_of_loss"]
 
 SHIFTS = tuple(step / 4 for step in range(-24, 25))
 """The shifts that are tested where none are given: from -6 to 6, which no data decided on."""
 
 
 @dataclass(frozen=True)
-class TestedShift:
+class TriedShift:
     """A shift in the sequence.
 
     Attributes:
@@ -104,16 +104,16 @@ class Guarantee:
     accuracy_loss: float
     confidence: float
     examples: int
-    reference: TestedShift
-    tested: tuple[TestedShift, ...]
+    reference: TriedShift
+    tested: tuple[TriedShift, ...]
 
     @property
-    def certified(self) -> tuple[TestedShift, ...]:
+    def certified(self) -> tuple[TriedShift, ...]:
         """The shifts for which the promise holds, all of them together; none if the first test failed."""
         return tuple(each for each in self.tested if each.p_value <= 1 - self.confidence)
 
     @property
-    def chosen(self) -> TestedShift:
+    def chosen(self) -> TriedShift:
         """The cheapest of them on the calibration set; the reference if there are none."""
         return min((self.reference, *self.certified), key=lambda each: each.multiply_adds)
 
@@ -172,12 +172,12 @@ def described_shift(shift: float) -> str:
     return {-math.inf: "with all gates open", 0.0: "as trained"}.get(shift, f"at shift {shift:.6g}")
 
 
-def _as_json(tested: TestedShift) -> dict[str, Any]:
+def _as_json(tested: TriedShift) -> dict[str, Any]:
     return {**asdict(tested), "shift": shift_as_json(tested.shift)}
 
 
-def _from_json(values: Mapping[str, Any]) -> TestedShift:
-    return TestedShift(**{**values, "shift": float(values["shift"])})
+def _from_json(values: Mapping[str, Any]) -> TriedShift:
+    return TriedShift(**{**values, "shift": float(values["shift"])})
 
 
 def guarantee(
@@ -249,15 +249,15 @@ def guarantee(
     if not shifts:
         raise ValueError(f"shifts must have one above that of the reference, {against}, received none")
     examples, reference = 0, None
-    tested: list[TestedShift] = []
+    tested: list[TriedShift] = []
     for expected, outcome, shift in _in_order(model, loader, shifts, against):
         examples = len(expected.shares)
         if reference is None:
-            reference = TestedShift(float(against), *_cost_and_accuracy(expected), 0, 0, 0.0)
+            reference = TriedShift(float(against), *_cost_and_accuracy(expected), 0, 0, 0.0)
         before, after = _zeros_and_ones(expected), _zeros_and_ones(outcome)
         lost, gained = int((before > after).sum()), int((before < after).sum())
         p_value = p_value_of_loss(lost, gained, examples, accuracy_loss, level=1 - confidence)
-        tested.append(TestedShift(shift, *_cost_and_accuracy(outcome), lost, gained, p_value))
+        tested.append(TriedShift(shift, *_cost_and_accuracy(outcome), lost, gained, p_value))
         if p_value > 1 - confidence:
             break
     assert reference is not None

@@ -49,6 +49,7 @@ class Run:
         epochs: number, accuracy and multiply-adds of each epoch that was evaluated.
         latency: how long its images take, if that was measured.
         budgets: what its network does at other budgets, if that was measured.
+        teacher: accuracy of its teacher on the test images, if it had one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Run:
     epochs: list[dict[str, float]]
     latency: Latency | None
     budgets: Budgets | None
+    teacher: float | None
 
     @property
     def share(self) -> float:
@@ -83,10 +85,13 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration without the seed, machine and log, and without what has no effect on the run."""
-        ignored = {*MAY_CHANGE, "seed", "start_sha256", *self.family.idle(self.config)}
+        ignored = {*MAY_CHANGE, *_OWN, *self.family.idle(self.config)}
+        if self.teacher is None:
+            ignored |= {"teacher_weight", "teacher_temperature"}
         settings = {name: value for name, value in self.config.items() if name not in ignored}
-        # Each seed may start from weights of its own.
-        return settings if self.config.get("start") is None else {**settings, "start": True}
+        # Each seed may start from weights of its own, and have a teacher of its own.
+        given = {"start": self.config.get("start"), "teacher": self.teacher}
+        return settings | {name: True for name, value in given.items() if value is not None}
 
     @cached_property
     def recipe(self) -> str:
@@ -110,6 +115,9 @@ class Run:
         return _words(self.family, self.data)
 
 
+_OWN = ("seed", "start_sha256", "teacher", "teacher_sha256")
+"""Settings in which runs of the same setting differ."""
+
 _DATA = ("data", "image_size", "train_images", "evaluate_on")
 
 _COMMON_WORDS: dict[str, Callable[[Any], str]] = {
@@ -119,6 +127,7 @@ _COMMON_WORDS: dict[str, Callable[[Any], str]] = {
     "train_images": lambda count: "all training images" if count is None else f"{count:,} training images",
     "image_size": lambda side: f"{side} x {side} pixels",
     "start": lambda _: "started from weights",
+    "teacher": lambda _: "taught",
     "evaluate_on": lambda images: f"{images} images",
     "epochs": lambda count: f"{count} epoch{'' if count == 1 else 's'}",
 }
@@ -198,6 +207,7 @@ def _run(name: str, result: Mapping[str, Any]) -> Run:
             for epoch in result["history"]
         ],
         latency=read_latency(result),
+        teacher=number(result["teacher"]["accuracy"]) if result.get("teacher") else None,
         budgets=read_budgets(result),
     )
 

@@ -6,7 +6,7 @@ Each step leaves its file in one folder, which is that of an ordinary run:
 ``result.json``            gates are added to the network and trained, with the network as its teacher
 ``budgets.json``           the same network at other budgets, and what can be promised of its accuracy
 ``latency.json``           the time of single images, beside the network without gates
-``model.onnx``             the network for other software, where the packages for that are installed
+``model.onnx``             the network for other software, where it can be written
 ``report.html``            all of it as a page, whose first sentence says what came of it
 ========================== =========================================================================
 
@@ -55,11 +55,13 @@ class Faster:
         result: of the network with gates, as in ``result.json``.
         budgets: as in ``budgets.json``.
         latency: as in ``latency.json``.
+        not_exported: why there is no ``model.onnx``; None if there is one.
     """
 
     result: dict[str, Any]
     budgets: dict[str, Any]
     latency: dict[str, Any]
+    not_exported: str | None
 
     @property
     def accuracy_lost(self) -> float:
@@ -145,7 +147,7 @@ def make_faster(
     told("measuring the time of images")
     latency = read_latency(output) or measure_run(output)
     told("exporting")
-    _export(output)
+    not_exported = _export(output)
     told("writing the page")
     runs = {
         original.resolve().name: read_result(original),
@@ -153,7 +155,7 @@ def make_faster(
     }
     with replaced(output / REPORT) as page:
         page.write_text(report_html(runs), encoding="utf-8", errors="replace")
-    return Faster(result, budgets, latency)
+    return Faster(result, budgets, latency, not_exported)
 
 
 def _trained(config: RunConfig, output: Path, progress: bool) -> dict[str, Any]:
@@ -175,11 +177,17 @@ def _budgets(budget: float, cost: dict[str, Any]) -> list[float]:
     return [share for share in sorted([budget, *(s * budget for s in _OTHER_BUDGETS)]) if least < share < 1]
 
 
-def _export(output: Path) -> None:
-    """Write the network for other software, where the packages for that are installed."""
+def _export(output: Path) -> str | None:
+    """Write the network for other software; why it cannot be written, if so."""
     path = output / EXPORT
-    if os.path.lexists(path) or not (find_spec("onnx") and find_spec("onnxscript")):
-        return
+    if os.path.lexists(path):
+        return None
+    if not (find_spec("onnx") and find_spec("onnxscript")):
+        return "it needs pip install 'batchshaping[onnx]'"
     network, data = load_run(output)
-    with replaced(path) as partial:
-        export_onnx(conditional_inference(network), partial, torch.zeros(1, *data.shape))
+    try:
+        with replaced(path) as partial:
+            export_onnx(conditional_inference(network), partial, torch.zeros(1, *data.shape))
+    except ValueError as error:  # a family whose computation cannot be written
+        return str(error)
+    return None

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchshaping.storage.files import write_json
 from batchshaping.training.folder import RESULT, RunError
-from batchshaping.training.trainer import write_json
 
 __all__ = ["Measurement"]
 

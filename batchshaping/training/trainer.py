@@ -21,7 +21,7 @@ from batchshaping.training.checkpoints import SafeCheckpoints
 from batchshaping.training.config import RunConfig
 from batchshaping.training.module import GatedClassifier
 
-__all__ = ["CHECKPOINT", "HISTORY", "make_trainer", "silenced", "write_json"]
+__all__ = ["CHECKPOINT", "HISTORY", "make_trainer", "silenced"]
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of the file with the state at the end of the last epoch."""

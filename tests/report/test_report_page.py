@@ -60,6 +60,23 @@ def test_the_headline_says_what_was_saved_and_what_it_cost() -> None:
     assert heading({"a": worse, "b": other}) == "2 ungated runs with 50.0 to 98.0% accuracy"
 
 
+def test_the_headline_says_how_fast_a_network_is_beside_its_teacher() -> None:
+    def measured(accuracy: float, dense: float) -> dict[str, Any]:
+        seconds = {"conditional": [0.001, 0.002, 0.003], "dense": [dense] * 3}
+        latency = {"machine": {"processor": "a CPU", "threads": 1}, "repeats": 5, "multiply_adds": [1.0] * 3}
+        taught = {"teacher": {"accuracy": 0.985}, "latency": {**latency, "seconds": seconds}}
+        return result(accuracy=accuracy, share=0.4) | taught
+
+    saving = "a gated run saving 60.0% of the multiply-adds"
+    assert heading({"a": measured(0.98, 0.004)}) == (
+        f"Within 0.5 points of the accuracy of its teacher, and 2.0 times as fast: {saving}"
+    )
+    original = result(gated=False, accuracy=0.985)
+    assert heading({"a": measured(0.99, 0.001), "b": original}) == (
+        f"0.5 points more accurate than its teacher, and 2.0 times as slow: {saving}"
+    )
+
+
 def test_a_column_compares_with_references_if_there_are_any() -> None:
     head = '<th scope="col"><button type="button">Against reference</button></th>'
     runs = {"a": result(), "b": result(width=8)}

@@ -70,8 +70,12 @@ class GatedResNet(Network):
         return {
             **super().recipe(budget),
             "gates_per_layer": 8,
-            "gate_learning_rate": 0.05,
             "learning_rate": 0.05,
+            "gate_learning_rate": 0.05,
+            # Early, since the network is trained; stronger, since the teacher holds against it.
+            "penalty": 10.0,
+            "penalty_begin": 0.1,
+            "penalty_end": 0.5,
         }
 
     @property
