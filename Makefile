@@ -80,6 +80,7 @@ inference: $(env) ## Time conditional inference beside dense inference; write be
 
 ablation: $(env) ## Train what is missing of the ablation on Fashion-MNIST (hours; resumable) and write what came of it
 	$(VENV)/bin/python benchmarks/ablation/ablation.py
+	$(VENV)/bin/python benchmarks/ablation/from_trained.py
 
 mixed-scale: $(env) ## Train what is missing of the experiment on mixed-scale tokens (an hour; resumable) and write what came of it
 	$(VENV)/bin/python benchmarks/mixed_scale/mixed_scale.py

@@ -5,10 +5,10 @@ The gates of a block cut the channels between its convolutions into groups, and
 .. math::
     y = \sum_{g \text{ open}} W_2^g * \mathrm{ReLU}(W_1^g * x + b_1^g) + b_2
 
-is a sum over groups like experts, which run or do not. There are several ways to compute it:
+is a sum over groups like experts, which run or do not. On the CPU native code computes it
+(:mod:`~batchshaping.gates.native`), several blocks at a time. Where there is none, so for other devices and
+precisions, for convolutions with groups, and without a compiler, there are several ways to compute it:
 
-- *sliced*: the two slices of a few open groups, one bundle of groups after the other, with weights that were
-  packed once;
 - *gathered*: one convolution each with the weights of the open channels side by side. Copying them costs
   little where they are few and pixels many. Where it is the other way round, convolutions are products of
   matrices, which read the open channels in place;
@@ -25,7 +25,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchshaping.channel_gating.branches import BranchedLayer, add_branches, can_branch
+from batchshaping.gates import native
 from batchshaping.gates.channel import ChannelGate, to_channels
 from batchshaping.gates.cost import ConvolutionTerm, Run, convolution_terms
 from batchshaping.gates.gate import Gate, OneStep, is_exporting
@@ -46,6 +48,7 @@ from batchshaping.gates.packed import (
     folded,
     is_plain,
 )
+from batchshaping.gates.shifted import ShiftedGate
 from batchshaping.gates.workers import side_by_side
 
 __all__ = ["ConditionalBlock", "FoldedGate", "OpenChannels", "Step", "SwitchedConvolution", "open_channels"]
@@ -117,76 +120,11 @@ def open_channels(sizes: tuple[int, ...], decisions: Decisions) -> OpenChannels:
     return OpenChannels(tuple(gates), tuple(runs), channels, channels == end)
 
 
-# Bundles of gates
-
 Gates = tuple[int, ...]
 """Indices of gates."""
 
 Decisions = tuple[bool, ...]
 """Whether each gate is open."""
-
-_Bundles = Mapping[Hashable, tuple[Tensor, Tensor]]
-"""Weight and bias by the gates of the input and of the output."""
-
-
-@lru_cache(maxsize=1024)
-def bundles(gates: Gates, size: int) -> tuple[Gates, ...]:
-    """Open gates that are computed together, in one convolution.
-
-    A convolution of few channels is slow: its call has a price, and each value that it loads is used a few
-    times only. So neighbouring gates make a bundle, and weights are packed for each combination of its gates.
-
-    Args:
-        gates: which are open, in ascending order.
-        size: how many neighbours make a bundle.
-
-    Example:
-        >>> bundles((0, 2, 3, 6), size=4)
-        ((0, 2, 3), (6,))
-    """
-    return tuple(tuple(group) for _, group in itertools.groupby(gates, lambda gate: gate // size))
-
-
-def _all_bundles(sizes: tuple[int, ...] | None, size: int) -> Iterator[Gates | None]:
-    """All combinations of gates within a bundle; None for a layer whose channels no gate switches."""
-    if sizes is None:
-        yield None
-        return
-    for neighbours in bundles(tuple(range(len(sizes))), size):
-        for count in range(1, len(neighbours) + 1):
-            yield from itertools.combinations(neighbours, count)
-
-
-def _choose_bundles(layers: Sequence[SwitchedConvolution]) -> None:
-    """Let gates be computed together, as many as memory allows."""
-    between = [1] * (len(layers) - 1)
-
-    def memory(layer: int) -> int:
-        """Of the packed weights: all combinations of n gates together have 2^(n - 1) times the weights."""
-        weight = layers[layer].weight
-        before, after = [1, *between, 1][layer : layer + 2]
-        return int(weight.numel() * weight.element_size() * 2 ** (before - 1 + after - 1))
-
-    # One more gate at a time, for the smallest bundle, as long as the layers before and after it allow it.
-    growing = True
-    while growing:
-        growing = False
-        for k in sorted(range(len(between)), key=lambda k: between[k]):
-            gates = len(layers[k].outputs or ())
-            between[k] += 1
-            if between[k] > min(gates, _MOST_TOGETHER) or max(memory(k), memory(k + 1)) > _BUNDLED_BYTES:
-                between[k] -= 1
-            else:
-                growing = True
-    for layer, sizes in zip(layers, itertools.pairwise([1, *between, 1]), strict=True):
-        layer.bundle_sizes = sizes
-
-
-_MOST_TOGETHER = 4
-"""How many gates a bundle has at most."""
-
-_BUNDLED_BYTES = 20 * 2**20
-"""What the packed weights of a layer may take, in all combinations of its bundles."""
 
 
 # A convolution of open channels
@@ -201,9 +139,6 @@ class SwitchedConvolution(PackedConvolution):
         relu: whether a ReLU follows.
         inputs: how many input channels each gate switches; None if all are computed.
         outputs: how many output channels each gate switches; None if all are computed.
-
-    Attributes:
-        bundle_sizes: how many neighbouring gates of the input, and of the output, make a bundle.
     """
 
     def __init__(
@@ -218,34 +153,18 @@ class SwitchedConvolution(PackedConvolution):
         self.inputs = inputs
         self.outputs = outputs
         self.unit = layer.in_channels if inputs is None else math.gcd(*inputs)
-        self.bundle_sizes = (1, 1)
 
-    # Bundles of gates
+    # Gate by gate
 
-    def bundles(self, x: Tensor, size: Sequence[int]) -> _Bundles | None:
-        """Weight and bias for all bundles of gates of the input and of the output, if they are packed."""
-        return self.packed(x, size, "bundles", self._all_parts)
-
-    def part(self, inputs: Gates | None, outputs: Gates | None) -> tuple[Tensor, Tensor]:
-        """Plain weight and bias of the channels that some gates switch; None for all channels."""
-        weight, bias = self.weight, self.bias
-        if outputs is not None and self.outputs is not None:
-            weight = _joined(weight.split(self.outputs), outputs, dim=0)
-            bias = _joined(bias.split(self.outputs), outputs, dim=0)
-        if inputs is not None and self.inputs is not None:
-            weight = _joined(weight.split(self.inputs, dim=1), inputs, dim=1)
-        return channels_last(weight), bias
+    def of_gate(self, gate: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the output channels that a gate switches."""
+        sizes = self.outputs or ()
+        return channels_last(self.weight.split(sizes)[gate]), self.bias.split(sizes)[gate]
 
     def by_input_gate(self) -> Sequence[Tensor]:
-        """Plain weight of the input channels of each gate, copied once."""
-        gates = range(len(self.inputs or ()))
-        return self.kept("by input gate", lambda: [self.part((gate,), None)[0] for gate in gates])
-
-    def _all_parts(self) -> Iterator[tuple[tuple[Gates | None, Gates | None], Tensor, Tensor]]:
-        (size_in, size_out) = self.bundle_sizes
-        for inputs in _all_bundles(self.inputs, size_in):
-            for outputs in _all_bundles(self.outputs, size_out):
-                yield (inputs, outputs), *self.part(inputs, outputs)
+        """The weight of the input channels of each gate, copied once."""
+        sizes = self.inputs or ()
+        return self.kept("by input gate", lambda: map(channels_last, self.weight.split(sizes, dim=1)))
 
     # All open channels at once
 
@@ -282,15 +201,6 @@ class SwitchedConvolution(PackedConvolution):
     def size(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output for some images."""
         return self.size_of((x.shape[2], x.shape[3]))
-
-    def size_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the output for those of the input."""
-        (down, right), (top, left), (low, wide), _ = self.settings
-        height, width = self.weight.shape[2:]
-        return (
-            (size[0] + 2 * top - low * (height - 1) - 1) // down + 1,
-            (size[1] + 2 * left - wide * (width - 1) - 1) // right + 1,
-        )
 
     def _constant(self, x: Tensor, outputs: OpenChannels) -> Tensor:
         """The open output channels where no input channel is open."""
@@ -394,11 +304,6 @@ class SwitchedConvolution(PackedConvolution):
         return sees.reshape(math.prod(sees.shape[:3]), -1)
 
 
-def _joined(parts: Sequence[Tensor], which: Gates, dim: int) -> Tensor:
-    """Some parts, side by side."""
-    return parts[which[0]] if len(which) == 1 else torch.cat([parts[k] for k in which], dim)
-
-
 def _as_matrix(x: Tensor) -> Tensor:
     """Images in the order of channels_last as a matrix, pixels x channels, without a copy."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
@@ -463,6 +368,23 @@ class FoldedGate(Gate):
         positive = self._with_ungated(logits)
         return positive, _rows(positive)
 
+    def forced_for(self, images: int) -> Tensor | float | None:
+        """What decides in place of logits above 0: zeros and ones for the images, or another threshold."""
+        if not self._forced:
+            return None
+        decide = self._forced[-1]
+        if isinstance(decide, ShiftedGate):
+            return decide.shift
+        return decide(self.last_bias.new_empty((images, self.gates))).contiguous()
+
+    def keep_run(self, logits: Tensor, forced: Tensor | float | None) -> None:
+        """Keep what was computed elsewhere, with what decided."""
+        self._keep(logits, (logits > forced).to(logits) if isinstance(forced, float) else forced)
+
+    def gating(self) -> native.Gating:
+        """As native code reads it."""
+        return native.Gating(self.sizes, self.first_weight, self.first_bias, self.last_weight, self.last_bias)
+
     def _logits(self, sums: Tensor, scale: float) -> Tensor:
         first = torch.addmm(self.first_bias, sums.to(self.first_weight.dtype), self.first_weight, alpha=scale)
         return torch.addmm(self.last_bias, first.relu_(), self.last_weight)
@@ -489,6 +411,9 @@ class Ungated(nn.Module):
     def forward(self, sums: Tensor, scale: float = 1.0) -> Tensor:
         """Ones of shape (N, 1)."""
         return sums.new_ones(sums.shape[0], 1)
+
+    def gating(self) -> None:
+        """As :meth:`FoldedGate.gating`: nothing."""
 
     def rows(self, sums: Tensor, scale: float) -> tuple[Tensor, list[Decisions]]:
         """As :meth:`FoldedGate.rows`."""
@@ -539,19 +464,6 @@ _OfOpen = Callable[[Tensor, Tensor, Decisions, bool], Tensor]
 """Computes images that have the same gates: input, what is added, decisions, whether that is in place."""
 
 
-class _Program(NamedTuple):
-    """The weights of the bundles of gates that are open.
-
-    Attributes:
-        inner: for each convolution with gates, the bundles of its output, each with its bias and a weight for
-            each bundle of its input.
-        last: a weight of the last convolution for each bundle of its input.
-    """
-
-    inner: Sequence[Sequence[tuple[Tensor, Sequence[Tensor]]]]
-    last: Sequence[Tensor]
-
-
 class _Inner(NamedTuple):
     """A convolution of a block that has gates, with those, and what follows it if that is no ReLU."""
 
@@ -594,6 +506,7 @@ class ConditionalBlock(OneStep):
     ) -> None:
         super().__init__()
         self.plans: dict[tuple[int, ...], tuple[tuple[float, str], ...]] = {}
+        self._native = native.Blocks()
         self._inner: list[_Inner] = []
         names: list[str | None] = [None]
         for step in steps:
@@ -618,14 +531,11 @@ class ConditionalBlock(OneStep):
             step.name: gates for step, gates in zip(steps, itertools.pairwise(names), strict=True)
         }
         self._layers = (*(inner.convolution for inner in self._inner), *self._last)
-        _choose_bundles(self._layers)
         self.downsample = downsample
         self.end = end
         self.activation = activation
         self._ways = (*self._possible_ways(),)
-        # A convolution between two layers of gates is cut twice, which pays where it has few parts.
-        few = all(layer.bundle_sizes[1] >= len(layer.outputs or ()) for layer in self._layers[1:])
-        self._by_default = "sliced" if "sliced" in self._ways and few else "gathered"
+        self.folded_gates = [inner.gate for inner in self._inner if isinstance(inner.gate, FoldedGate)]
         # Whether the last convolution can do all that comes after the sum.
         self._relu = end is None and type(activation) is nn.ReLU
         self.eval()
@@ -642,6 +552,10 @@ class ConditionalBlock(OneStep):
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
+        if not is_plain() and native.can_compute(x):
+            block = self.native_for(x.shape)
+            if block is not None:
+                return self._by_native(block, x)
         # Sums are exact in half precision too, and the gates divide them.
         sums = x.sum(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         scale = 1 / (x.shape[2] * x.shape[3])
@@ -654,6 +568,50 @@ class ConditionalBlock(OneStep):
             return y if self._relu else self.activation(y)
         branch = self._add_branch(x, torch.zeros_like(shortcut), gates, inplace=True)
         return self.activation(self.end(branch) + shortcut)  # type: ignore[no-any-return]
+
+    def _by_native(self, block: native.Block, x: Tensor) -> Tensor:
+        """The open channels, in native code."""
+        other = None
+        if not block.has_shortcut:
+            other = x if self.downsample is None else channels_last(self.downsample(x))
+        forced = [gate.forced_for(x.shape[0]) for gate in self.folded_gates]
+        y, logits = native.compute([block], x, other, forced)
+        for gate, values, decided in zip(self.folded_gates, logits, forced, strict=True):
+            gate.keep_run(values, decided)
+        return y if self._relu else self.activation(y)
+
+    def joined(self, modules: nn.Sequential) -> nn.Sequential:
+        """Blocks that are computed together."""
+        return ConditionalBlocks(OrderedDict(modules._modules))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether native code computes all of the block, and nobody watches it."""
+        return self._relu and not self._forward_hooks and not self._forward_pre_hooks
+
+    def native_for(self, shape: tuple[int, ...]) -> native.Block | None:
+        """The block in native code for images of a shape, or None where there is none."""
+        _, channels, height, width = shape
+        generations = [layer.generation for layer in self._layers]
+        found = self._native.of((height, width), generations, lambda: self._make_native((height, width)))
+        return found if found is not None and found.channels == channels else None
+
+    def _make_native(self, size: tuple[int, int]) -> native.Block | None:
+        if self.end is not None or any(inner.activation is not None for inner in self._inner):
+            return None
+        shortcut = None
+        if isinstance(self.downsample, nn.Sequential):
+            first, *rest = self.downsample
+            if isinstance(first, PackedConvolution) and all(type(layer) is nn.Identity for layer in rest):
+                shortcut = first
+        gates = [inner.gate.gating() for inner in self._inner]
+        found = native.Block.of(self._layers, gates, shortcut, self._relu, size)
+        # What does not fit is an error elsewhere.
+        is_fitting = found is not None and (found.outputs, found.height, found.width) == (
+            found.channels,
+            *size,
+        )
+        return found if is_fitting or self.downsample is not None else None
 
     def _plain(self, x: Tensor, sums: Tensor, scale: float) -> Tensor:
         """All channels, or a branch for each gate, by operations that can be counted, compiled, exported."""
@@ -714,7 +672,6 @@ class ConditionalBlock(OneStep):
             few = all(len(inner.gate.sizes) <= _MANY_RUNS for inner in self._inner)
             if few and all(inner.convolution.groups == 1 for inner in self._inner):
                 yield "by group"
-                yield "sliced"
 
     def _way(self, batch: _Batch) -> str:
         """The way that was measured to be the fastest, or a rule of thumb."""
@@ -726,7 +683,7 @@ class ConditionalBlock(OneStep):
             return "masked"
         if not batch.x.is_cpu and len(batch.x) > 1:
             return "by group" if "by group" in self._ways else "masked"
-        return self._by_default
+        return "gathered"
 
     def _masked(self, batch: _Batch) -> Tensor:
         """All channels; closed ones are set to zero."""
@@ -775,7 +732,7 @@ class ConditionalBlock(OneStep):
                     continue
                 index = torch.tensor(which, device=h.device)
                 x = h if len(which) == h.shape[0] else channels_last(h.index_select(0, index))
-                weight, bias = layer.part(None, (gate,))
+                weight, bias = layer.of_gate(gate)
                 part = inner.activated(convolve(x, weight, bias, layer.settings, layer.relu))
                 if is_last:
                     weight = last.by_input_gate()[gate]
@@ -796,66 +753,6 @@ class ConditionalBlock(OneStep):
             at += len(sizes)
         return opened
 
-    def _sliced(self, x: Tensor, other: Tensor, decisions: Decisions, inplace: bool) -> Tensor:
-        """One bundle of open gates after the other."""
-        program = self._program(x, decisions)
-        if program is None:
-            return self._gathered(x, other, decisions, inplace)
-        parts = [x]
-        for inner, outputs in zip(self._inner, program.inner, strict=True):
-            settings, relu = inner.convolution.settings, inner.convolution.relu
-            made = []
-            for bias, weights in outputs:
-                y = convolve(parts[0], weights[0], bias, settings, relu and len(parts) == 1)
-                for k in range(1, len(parts)):
-                    at_end = relu and k == len(parts) - 1
-                    y = convolve_add(y, parts[k], weights[k], None, settings, at_end, inplace=True)
-                made.append(inner.activated(y))
-            parts = made
-        (last,) = self._last
-        for k, (part, weight) in enumerate(zip(parts, program.last, strict=True)):
-            at_end = self._relu and k == len(parts) - 1
-            once = None if k else last.bias
-            other = convolve_add(other, part, weight, once, last.settings, at_end, inplace or k > 0)
-        return other
-
-    def _program(self, x: Tensor, decisions: Decisions) -> _Program | None:
-        """The weights for these decisions and images like these; None if a layer is closed."""
-        kept: dict[Hashable, Any] | None = self._layers[0].kept_for(x, x.shape[2:], "programs", dict)
-        if kept is not None:
-            generations = tuple([layer.generation for layer in self._layers])
-            if kept.get("generations") != generations:
-                kept.clear()
-                kept["generations"] = generations
-            if decisions in kept:
-                return kept[decisions]  # type: ignore[no-any-return]
-        packed, size = [], (x.shape[2], x.shape[3])
-        for layer in self._layers:
-            packed.append(layer.bundles(x, size))
-            size = layer.size_of(size)
-        program = self._make_program(packed, decisions)
-        if kept is not None and None not in packed and len(kept) < _KEPT_PROGRAMS:
-            kept[decisions] = program
-        return program
-
-    def _make_program(self, packed: Sequence[_Bundles | None], decisions: Decisions) -> _Program | None:
-        opened = self._open(decisions)
-        if not all(layer.channels for layer in opened):
-            return None
-
-        def part(k: int, inputs: Gates | None, outputs: Gates | None) -> tuple[Tensor, Tensor]:
-            found = packed[k]
-            return self._layers[k].part(inputs, outputs) if found is None else found[inputs, outputs]
-
-        before: Sequence[Gates | None] = [None]
-        made = []
-        for k, (layer, now) in enumerate(zip(self._layers[:-1], opened, strict=True)):
-            after = bundles(now.gates, layer.bundle_sizes[1])
-            of_outputs = [[part(k, inputs, outputs) for inputs in before] for outputs in after]
-            made.append([(parts[0][1], [weight for weight, _ in parts]) for parts in of_outputs])
-            before = after
-        return _Program(made, [part(len(made), inputs, None)[0] for inputs in before])
-
     def _gathered(self, x: Tensor, other: Tensor, decisions: Decisions, inplace: bool) -> Tensor:
         """The open channels of each convolution side by side."""
         opened = self._open(decisions)
@@ -874,19 +771,40 @@ class ConditionalBlock(OneStep):
         return y.relu_() if self._relu else y
 
 
+class ConditionalBlocks(nn.Sequential):
+    """Blocks one after the other, which native code computes in one call.
+
+    Between two calls the interpreter's own data have left the caches, so that each call costs more than it
+    seems to.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor or is_plain() or not native.can_compute(x):
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+        blocks, made, shape = [*self], [], tuple(x.shape)
+        for block in blocks:
+            found = block.native_for(shape) if block.is_whole else None
+            if found is None or not (found.has_shortcut or block.downsample is None):
+                return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+            made.append(found)
+            shape = (shape[0], found.outputs, found.height, found.width)
+        gates = [gate for block in blocks for gate in block.folded_gates]
+        forced = [gate.forced_for(x.shape[0]) for gate in gates]
+        y, logits = native.compute(made, channels_last(x), None, forced)
+        for gate, values, decided in zip(gates, logits, forced, strict=True):
+            gate.keep_run(values, decided)
+        return y
+
+
 _WAYS: Mapping[str, Callable[[ConditionalBlock, _Batch], Tensor]] = {
     "masked": ConditionalBlock._masked,
     "gathered": lambda block, batch: block._by_image(block._gathered, batch),
-    "sliced": lambda block, batch: block._by_image(block._sliced, batch),
     "by group": ConditionalBlock._by_group,
 }
 """The ways to compute a batch, by their names."""
 
 _WORTH_IT = 0.85
 """Above this share of open gates, computing all channels is faster."""
-
-_KEPT_PROGRAMS = 1024
-"""For how many patterns of gates a block keeps the list of weights."""
 
 _MEASURED_SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of open gates for which the ways are measured."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 
+from batchshaping.gates import native
 from batchshaping.gates.gate import Gate, follow_gates
 from batchshaping.gates.packed import (
     PackedConvolution,
@@ -27,7 +28,7 @@ from batchshaping.gates.packed import (
     only_plain,
 )
 
-__all__ = ["Conditional", "Planned", "conditional_inference", "fold_and_pack"]
+__all__ = ["Conditional", "Joinable", "Planned", "conditional_inference", "fold_and_pack"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -50,6 +51,14 @@ class Planned(Protocol):
 
     def measure_plan(self, x: Tensor) -> None:
         """Measure the ways for inputs of this shape, and keep which is the fastest for which gates."""
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """An inference twin that is computed together with others of its kind that come after it."""
+
+    def joined(self, modules: nn.Sequential) -> nn.Sequential:
+        """What takes the place of modules that are all of this kind; they keep their names."""
 
 
 def conditional_inference(model: _Network, example: Tensor | None = None) -> _Network:
@@ -103,6 +112,9 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
         if isinstance(module, Conditional)
     }
     made = fold_and_pack(made, twins)
+    made = _replaced(made, dict(_joined(made)))
+    made = _replaced(made, {pool: native.MaxPool(pool) for pool in made.modules() if _is_plain_pool(pool)})
+    native.library()  # So that no call waits for the compiler.
     follow_gates(made)
     made.register_forward_pre_hook(_begin)
     made.register_forward_hook(_end, always_call=True)
@@ -119,6 +131,23 @@ def _replaced(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Mod
             if child is not None and child in others:
                 module._modules[name] = others[child]
     return others.get(model, model)
+
+
+def _is_plain_pool(module: nn.Module) -> bool:
+    return type(module) is nn.MaxPool2d and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _joined(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Sequences of twins that are computed together, each with what takes its place."""
+    for module in model.modules():
+        if (
+            type(module) is nn.Sequential
+            and len(module) > 1
+            and not (module._forward_hooks or module._forward_pre_hooks)
+        ):
+            first = module[0]
+            if isinstance(first, Joinable) and all(type(other) is type(first) for other in module):
+                yield module, first.joined(module)
 
 
 def _begin(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -172,7 +201,8 @@ class _Tracer(fx.Tracer):
 
 
 def fold_and_pack(
-    model: nn.Module, others: Mapping[nn.Module, nn.Module] = MappingProxyType({})
+    model: nn.Module,
+    others: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
 ) -> nn.Module:
     """Replace modules of a model, in place, and all convolutions elsewhere by packed ones.
 

@@ -242,6 +242,15 @@ class PackedConvolution(OneStep):
             return y.relu_() if self.relu else y
         return convolve(x, *self.whole(x), self.settings, self.relu)
 
+    def size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output for those of the input."""
+        (down, right), (top, left), (low, wide), _ = self.settings
+        height, width = self.weight.shape[2:]
+        return (
+            (size[0] + 2 * top - low * (height - 1) - 1) // down + 1,
+            (size[1] + 2 * left - wide * (width - 1) - 1) // right + 1,
+        )
+
     def whole(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias, for these images."""
         packed = self.packed(x, x.shape[2:], "whole", lambda: [((), self.weight, self.bias)])

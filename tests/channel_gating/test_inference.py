@@ -22,15 +22,15 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
 import batchshaping as bs
-from batchshaping.channel_gating import inference
 from batchshaping.channel_gating.blocks import GatedBlock
 from batchshaping.channel_gating.inference import ConditionalBlock, SwitchedConvolution, open_channels
+from batchshaping.gates import native
 from batchshaping.gates.forced import gates_forced
 from batchshaping.gates.gate import Gate, gate_decisions, gate_probabilities, keep_every_run, named_gates
 from batchshaping.gates.packed import PackedConvolution, only_plain
 
 SHARES = [0.0, 0.3, 0.6, 1.0]
-WAYS = ["masked", "sliced", "gathered", "by group"]
+WAYS = ["native", "masked", "gathered", "by group"]
 
 
 def both(
@@ -59,12 +59,11 @@ def blocks(fast: nn.Module) -> list[ConditionalBlock]:
 @contextmanager
 def always(fast: nn.Module, way: str) -> Iterator[None]:
     """Let blocks compute in one way wherever they can."""
-    before = ConditionalBlock._way
-    ConditionalBlock._way = lambda self, _: way if way in self._ways else "masked"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if way != "native":
+            patch.setattr(native, "library", lambda: None)
+        patch.setattr(ConditionalBlock, "_way", lambda self, _: way if way in self._ways else "masked")
         yield
-    finally:
-        ConditionalBlock._way = before
 
 
 @contextmanager
@@ -75,6 +74,13 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.fixture(autouse=True, params=["native", "PyTorch"])
+def _code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All laws hold with native code, where there is a compiler, and without."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(native, "library", lambda: None)
 
 
 # It gives the same
@@ -249,23 +255,26 @@ def test_a_forward_pass_that_cannot_be_traced_gives_the_same() -> None:
 def test_closed_blocks_compute_nothing_but_the_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = bs.conditional_inference(make("basic"))
     calls = []
-    for name in ("convolve", "convolve_add"):
-        original = getattr(inference, name)
+    for name in ("of_open", "add_open"):
+        original = getattr(SwitchedConvolution, name)
         monkeypatch.setattr(
-            inference, name, lambda *args, original=original: (calls.append(1), original(*args))[1]
+            SwitchedConvolution,
+            name,
+            lambda *args, original=original, **kwargs: (calls.append(1), original(*args, **kwargs))[1],
         )
-    for _ in range(3):
-        with torch.no_grad(), gates_forced(fast, 0.0):
+    with always(fast, "gathered"):
+        for _ in range(3):
+            with torch.no_grad(), gates_forced(fast, 0.0):
+                fast(torch.randn(2, 3, 32, 32))
+            assert not calls
+        with torch.no_grad(), gates_forced(fast, 0.5):
             fast(torch.randn(2, 3, 32, 32))
-        assert not calls
-    with torch.no_grad(), gates_forced(fast, 0.5):
-        fast(torch.randn(2, 3, 32, 32))
-    assert calls
+        assert calls
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("basic", "sliced"), ("basic", "gathered"), ("bottleneck", "sliced"), ("bottleneck", "gathered")],
+    [("basic", "gathered"), ("bottleneck", "gathered")],
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_the_operations_that_run_are_the_multiply_adds_that_are_counted(
@@ -434,7 +443,7 @@ def test_weights_are_packed_for_the_latest_sizes_and_no_pattern_of_gates_adds_an
         ]
         return sum(len(parts) for name, parts in every if name != "programs")
 
-    with torch.no_grad(), always(fast, "sliced"):
+    with torch.no_grad(), always(fast, "masked"):
         numbers = []
         with gates_forced(fast, 1.0):
             for _ in range(2):

@@ -102,10 +102,17 @@ def test_a_run_leaves_its_files_and_its_result(undisturbed: Path) -> None:
     assert {len(layer["histogram"]) for layer in result["layers"]} == {20}
     last = result["history"][-1]
     assert (last["shaping"], last["penalty"], last["noise"]) == (0.0, CONFIG.penalty, 0.0)
-    # What the last epoch's evaluation saw is the network that was kept.
+
+
+def test_what_the_last_epoch_saw_is_the_network_that_is_kept(undisturbed: Path, tmp_path: Path) -> None:
+    result = train(CONFIG.model_copy(update={"recalibrate": False}), tmp_path / "run")
+    last = result["history"][-1]
     for name in ("examples", "accuracy", "gates"):
         assert last[name] == result[name], name
     assert last["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    # Recalibration comes after it, and changes the result alone.
+    recalibrated = read_result(undisturbed)
+    assert recalibrated["history"] == result["history"] and recalibrated["loss"] != result["loss"]
 
 
 def test_a_result_says_its_kind_and_its_reference(undisturbed: Path, tmp_path: Path) -> None:
