@@ -48,10 +48,10 @@ class _Task(NamedTuple):
         return [weighted_sum(losses, weights), gradient, factor, *in_parameters]
 
     def run_to_tensors(self, batch: Batch, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The same, with a factor for each loss where there is one for all."""
+        """The same as contiguous tensors, with a factor for each loss where there is one for all."""
         losses, gradient, factor, *in_parameters = self.run(batch, parameters)
         factor = factor if isinstance(factor, Tensor) else torch.full_like(losses, factor)
-        return [losses, gradient, factor, *in_parameters]
+        return [losses, gradient.contiguous(), factor, *in_parameters]
 
     def _of_arrays(self, batch: Batch, parameters: Sequence[Tensor]) -> list[Any]:
         if torch.compiler.is_compiling():
