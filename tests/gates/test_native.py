@@ -120,9 +120,8 @@ def test_open_channels_are_computed_as_pytorch_does(
             gatings = [each for each in gates if each is not None]
             positive = [share - torch.rand(n, len(each.last_bias)) for each in gatings]
             other = channels_last(shortcut(x))
-            y, logits = native.compute([block], x, None if block.has_shortcut else other, positive)
-            decided, _ = native.compute(
-                [block], x, None if block.has_shortcut else other, [None] * len(gatings)
+            y, logits = native.Chain([block]).compute(x, None if block.has_shortcut else other, positive)
+            decided, _ = native.Chain([block]).compute(x, None if block.has_shortcut else other, [None] * len(gatings)
             )
     finally:
         torch.set_num_threads(before)
@@ -161,7 +160,7 @@ def test_what_is_closed_is_not_read() -> None:
     layers[1].weight.view(64, 4, 16, 3, 3)[:, 1::2] = float("nan")
     block = Block.of(layers, [gating(64, (16,) * 4)], None, True, (8, 8)) if IS_THERE else None
     if block is not None:
-        y, _ = native.compute([block], channels_last(torch.randn(2, 64, 8, 8)), None, [positive])
+        y, _ = native.Chain([block]).compute(channels_last(torch.randn(2, 64, 8, 8)), None, [positive])
         assert bool(y.isfinite().all())
 
 
@@ -171,7 +170,7 @@ def test_what_is_no_number_stays_none() -> None:
     if block is not None:
         x = channels_last(torch.randn(1, 16, 8, 8))
         x[0, 3, 2, 5] = float("nan")
-        y, _ = native.compute([block], x, None, [])
+        y, _ = native.Chain([block]).compute(x, None, [])
         assert bool(y[0, :, 2, 5].isnan().all()) and int(y.isnan().sum()) == 16
 
 
