@@ -236,7 +236,7 @@ def fold_and_pack(
 def _chains(
     model: nn.Module, leaves: set[nn.Module]
 ) -> Iterator[tuple[nn.Conv2d, nn.Module | None, nn.Module | None, nn.MaxPool2d | None]]:
-    """Convolutions, each with the batch normalization, the ReLU and the pooling that take its output alone."""
+    """Convolutions with the batch normalization, the ReLU and the pooling that alone take its output."""
     modules = dict(model.named_modules())
     try:
         nodes = [*_Tracer(leaves).trace(model).nodes]

@@ -36,7 +36,7 @@ from torch.nn.modules.utils import _pair
 from batchshaping.gates.gate import OneStep
 from batchshaping.gates.packed import PackedConvolution, channels_last, is_plain
 
-__all__ = ["Block", "Chain", "Gating", "MaxPool", "OfSizes", "can_compute", "library"]
+__all__ = ["Block", "Chain", "Gating", "MaxPool", "OfSizes", "PooledConvolution", "can_compute", "library"]
 
 _BLOCK = 16
 """Channels in a block."""
@@ -654,18 +654,19 @@ class PooledConvolution(OneStep):
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[0]
-        if n == 1 or is_plain() or not can_compute(x):
+        if n == 1 or x.ndim != 4 or is_plain() or not can_compute(x):
             return self.pool(self.layer(x))  # type: ignore[no-any-return]
-        height, width = self.layer.size_of((x.shape[-2], x.shape[-1]))
-        together = max(1, _REUSED // max(1, len(self.layer.bias) * height * width))
-        if n <= together:
+        height, width = self.layer.size_of((x.shape[2], x.shape[3]))
+        parts = -(-n * len(self.layer.bias) * height * width // _REUSED)
+        together = -(-n // max(1, parts))  # About as many in each, since weights are packed for a number.
+        if together >= n:
             return self.pool(self.layer(x))  # type: ignore[no-any-return]
-        y = x.new_empty(0)
-        for k, few in enumerate(x.split(together)):
-            pooled = self.pool(self.layer(few))
-            if k == 0:
-                y = _images(n, *pooled.shape[1:])
-            y[k * together : k * together + len(few)] = pooled
+        y: Tensor | None = None
+        for first in range(0, n, together):
+            pooled = self.pool(self.layer(x[first : first + together]))
+            y = _images(n, *pooled.shape[1:]) if y is None else y
+            y[first : first + together] = pooled
+        assert y is not None
         return y
 
 

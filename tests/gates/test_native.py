@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def test_open_channels_are_computed_as_pytorch_does(
             positive = [share - torch.rand(n, len(each.last_bias)) for each in gatings]
             other = channels_last(shortcut(x))
             y, logits = native.Chain([block]).compute(x, None if block.has_shortcut else other, positive)
-            decided, _ = native.Chain([block]).compute(x, None if block.has_shortcut else other, [None] * len(gatings)
+            decided, _ = native.Chain([block]).compute(
+                x, None if block.has_shortcut else other, [None] * len(gatings)
             )
     finally:
         torch.set_num_threads(before)
@@ -150,6 +152,21 @@ def test_pooling_is_that_of_pytorch(
     x = torch.randn(2, channels, *size)
     x[1, 3, 2] = value
     assert torch.allclose(native.MaxPool(layer)(x), layer(x), rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 7), together=st.integers(1, 4), channels=st.sampled_from([16, 20]))
+def test_a_convolution_and_its_pooling_give_the_same_a_few_images_at_a_time(
+    n: int, together: int, channels: int
+) -> None:
+    torch.manual_seed(n)
+    layer, pool, x = nn.Conv2d(3, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1), torch.randn(n, 3, 12, 12)
+    pooled = native.PooledConvolution(PackedConvolution(layer, None, relu=True), pool)
+    with torch.no_grad(), patch.object(native, "_REUSED", together * channels * 12 * 12):
+        found = pooled(x), pooled(x)
+        right = pool(layer(x).relu())
+    for y in found:
+        torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_closed_is_not_read() -> None:
