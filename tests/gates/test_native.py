@@ -121,10 +121,9 @@ def test_open_channels_are_computed_as_pytorch_does(
             gatings = [each for each in gates if each is not None]
             positive = [share - torch.rand(n, len(each.last_bias)) for each in gatings]
             other = channels_last(shortcut(x))
-            y, logits = native.Chain([block]).compute(x, None if block.has_shortcut else other, positive)
-            decided, _ = native.Chain([block]).compute(
-                x, None if block.has_shortcut else other, [None] * len(gatings)
-            )
+            chain, added = native.Chain([block]), None if block.has_shortcut else other
+            y, logits = chain.compute(x, added, positive)
+            decided, _ = chain.compute(x, added, [None] * len(gatings))
     finally:
         torch.set_num_threads(before)
     for each, found in zip(gatings, logits, strict=True):
