@@ -48,6 +48,7 @@ from batchshaping.gates.packed import (
     folded,
     is_plain,
 )
+from batchshaping.gates.shifted import ShiftedGate
 from batchshaping.gates.workers import side_by_side
 
 __all__ = ["ConditionalBlock", "FoldedGate", "OpenChannels", "Step", "SwitchedConvolution", "open_channels"]
@@ -367,16 +368,19 @@ class FoldedGate(Gate):
         positive = self._with_ungated(logits)
         return positive, _rows(positive)
 
-    def forced_for(self, images: int) -> Tensor | None:
-        """What is decided for so many images, if that does not depend on the logits."""
+    def forced_for(self, images: int) -> Tensor | float | None:
+        """What decides in place of logits above 0: zeros and ones for the images, or another threshold."""
         if not self._forced:
             return None
+        decide = self._forced[-1]
+        if isinstance(decide, ShiftedGate):
+            return decide.shift
         like = self._buffers["last_bias"].new_empty((images, self.gates))  # type: ignore[union-attr]
-        return self._forced[-1](like).contiguous()
+        return decide(like).contiguous()
 
-    def keep_run(self, logits: Tensor, decisions: Tensor | None) -> None:
-        """Keep what was computed elsewhere; without decisions where they follow from the logits."""
-        self._keep(logits, decisions)
+    def keep_run(self, logits: Tensor, forced: Tensor | float | None) -> None:
+        """Keep what was computed elsewhere, with what decided."""
+        self._keep(logits, (logits > forced).to(logits) if isinstance(forced, float) else forced)
 
     def gating(self) -> native.Gating:
         """As native code reads it."""
@@ -573,8 +577,8 @@ class ConditionalBlock(OneStep):
             other = x if self.downsample is None else channels_last(self.downsample(x))
         forced = [gate.forced_for(x.shape[0]) for gate in self.folded_gates]
         y, logits = native.Chain([block]).compute(x, other, forced)
-        for gate, values, decisions in zip(self.folded_gates, logits, forced, strict=True):
-            gate.keep_run(values, decisions)
+        for gate, values, decided in zip(self.folded_gates, logits, forced, strict=True):
+            gate.keep_run(values, decided)
         return y if self._relu else self.activation(y)
 
     def joined(self, modules: nn.Sequential) -> nn.Sequential:
@@ -795,8 +799,8 @@ class ConditionalBlocks(nn.Sequential):
         chain, gates = found
         forced = [gate.forced_for(x.shape[0]) for gate in gates]
         y, logits = chain.compute(channels_last(x), None, forced)
-        for gate, values, decisions in zip(gates, logits, forced, strict=True):
-            gate.keep_run(values, decisions)
+        for gate, values, decided in zip(gates, logits, forced, strict=True):
+            gate.keep_run(values, decided)
         return y
 
     def _make_chain(self, shape: tuple[int, ...]) -> tuple[native.Chain, list[FoldedGate]] | None:

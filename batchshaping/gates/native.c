@@ -347,6 +347,7 @@ typedef struct {
     float *logits; /* of all gates of an image side by side; from an image to the next: */
     int64_t of_image;
     const float *const *forced; /* what is positive where a gate is open, if that is not the logits; or NULL */
+    const float *thresholds;    /* what the logits exceed where a gate is open */
     opened lists[MOST_LAYERS];
 } known;
 
@@ -419,13 +420,13 @@ static void multiply(const float *x, int64_t inputs, const float *weight, const 
 }
 
 /* Which blocks of an image are open. */
-static void find_open(const gating *g, const float *positive, int64_t image, opened *o) {
+static void find_open(const gating *g, const float *values, float threshold, int64_t image, opened *o) {
     o->count[image] = 0;
     for (int64_t block = 0; block < g->blocks; block++) {
         int any = 0;
         for (int64_t k = 0; k < (g->whole_blocks ? 1 : BLOCK); k++) {
             int32_t gate = g->of_channel[block * BLOCK + k];
-            int is_open = gate < 0 || positive[gate] > 0;
+            int is_open = gate < 0 || values[gate] > threshold;
             any |= is_open;
             if (o->mask) o->mask[(image * g->blocks + block) * BLOCK + k] = (float)is_open;
         }
@@ -450,7 +451,8 @@ static void decide(const void *what, int64_t image) {
         multiply(sums, r->channels, g->first_weight, g->first_bias, 1.0f / (float)(r->rows * r->columns), hidden, g->hidden);
         for (int64_t i = 0; i < g->hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
         multiply(hidden, g->hidden, g->last_weight, g->last_bias, 1, logits, g->number);
-        find_open(g, v->forced[k] ? v->forced[k] + (v->first + image) * g->number : logits, image, v->lists + k);
+        const float *forced = v->forced[k] ? v->forced[k] + (v->first + image) * g->number : NULL;
+        find_open(g, forced ? forced : logits, forced ? 0 : v->thresholds[k], image, v->lists + k);
         /* What is not read later is not computed. */
         if (k + 1 < r->number_of_gatings && !v->lists[k + 1].count[image]) v->lists[k].count[image] = 0;
     }
@@ -480,9 +482,10 @@ typedef struct {
 
 /* The phases of a block; gives how many there are. */
 static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t first, int64_t number, float *x, float *other, float *y,
-                         float *memory, float *logits, int64_t of_image, const float *const *forced) {
+                         float *memory, float *logits, int64_t of_image, const float *const *forced, const float *thresholds) {
     known *v = &p->v;
     *v = (known){r, first, number, .sums = memory, .logits = logits, .of_image = of_image, .forced = forced};
+    v->thresholds = thresholds;
     memory += number * PARTS * whole(r->channels);
     for (int64_t k = 0; k < MOST_BUFFERS; k++) v->buffers[k] = memory, memory += number * whole(r->sizes[k]);
     v->buffers[X] = x, v->buffers[Y] = y, v->buffers[OTHER] = other;
@@ -523,11 +526,11 @@ static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t firs
    other: what the first block's branch is added to, or NULL if that is x or a convolution of the block's.
    together: how many images are computed together; with few, they stay in the caches.
    memory: for each of those, what the block needs that needs most, and before that two times the largest output.
-   logits: of all gates of an image side by side; forced: for each layer of gates of all blocks, or NULL. Gives
+   logits: of all gates of an image side by side; forced, thresholds: for each layer of gates of all blocks. Gives
    whether it was done. */
 int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int64_t number, int64_t together, float *x,
                    float *other, float *y, float *memory, int64_t output, float *logits,
-                   const float *const *forced, parallel run, int64_t threads) {
+                   const float *const *forced, const float *thresholds, parallel run, int64_t threads) {
     const int64_t most = MOST_LAYERS + 2;
     const residual *last = blocks[number_of_blocks - 1];
     size_t of_block = sizeof(plan) + (size_t)most * (sizeof(phase) + 2 * sizeof(int64_t));
@@ -540,16 +543,16 @@ int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int6
     for (int64_t b = 0; b < number_of_blocks; b++)
         for (int64_t k = 0; k < blocks[b]->number_of_gatings; k++) of_image += blocks[b]->gatings[k].number;
     for (int64_t first = 0; first < number; first += together) {
-        int64_t now = first + together < number ? together : number - first, made = 0;
-        const float *const *of_block_forced = forced;
+        int64_t now = first + together < number ? together : number - first, made = 0, gatings = 0;
         float *of_block_logits = logits;
         float *from = x + first * blocks[0]->rows * blocks[0]->columns * blocks[0]->channels;
         float *add = other ? other + first * last->output : from;
         for (int64_t b = 0; b < number_of_blocks; b++) {
             float *to = b + 1 < number_of_blocks ? between[b % 2] : y + first * last->output;
             made += make_plan(plans + b, phases + made, blocks[b], first, now, from, add, to,
-                              memory + 2 * together * output, of_block_logits, of_image, of_block_forced);
-            of_block_forced += blocks[b]->number_of_gatings;
+                              memory + 2 * together * output, of_block_logits, of_image, forced + gatings,
+                              thresholds + gatings);
+            gatings += blocks[b]->number_of_gatings;
             for (int64_t k = 0; k < blocks[b]->number_of_gatings; k++) of_block_logits += blocks[b]->gatings[k].number;
             from = add = to;
         }

@@ -73,7 +73,7 @@ def library() -> Any:
     found.pool.restype = None
     found.compute_blocks.argtypes = [
         *(_Pointer, _Number, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
-        *(_Pointer, _Pointer, _Pointer, _Number),
+        *(_Pointer, _Pointer, _Pointer, _Pointer, _Number),
     ]
     return found
 
@@ -480,7 +480,7 @@ class Chain:
         self._floats = max([block.floats for block in blocks]) + 2 * self._between
 
     def compute(
-        self, x: Tensor, other: Tensor | None, forced: Sequence[Tensor | None]
+        self, x: Tensor, other: Tensor | None, forced: Sequence[Tensor | float | None]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The output of the last block, and the logits of each layer of gates.
 
@@ -488,8 +488,8 @@ class Chain:
             x: images in the order of channels_last.
             other: what the first block's branch is added to, in the same order; None if that is x, or if the
                 block has a shortcut, as it is for all others.
-            forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); None
-                where the logits are.
+            forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); or a
+                number that the logits exceed where a gate is open; None for 0.
         """
         n, last = x.shape[0], self._blocks[-1]
         y = _images(n, last.outputs, last.height, last.width)
@@ -508,7 +508,10 @@ class Chain:
             self._between,
             logits.data_ptr(),
             (_Pointer * (len(forced) or 1))(
-                *[None if values is None else values.data_ptr() for values in forced]
+                *[each.data_ptr() if isinstance(each, Tensor) else None for each in forced]
+            ),
+            (ctypes.c_float * (len(forced) or 1))(
+                *[each if isinstance(each, float) else 0 for each in forced]
             ),
             _parallel(),
             torch.get_num_threads(),

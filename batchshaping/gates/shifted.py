@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from batchshaping.gates.gate import Gate, named_gates
 
-__all__ = ["gates_shifted"]
+__all__ = ["ShiftedGate", "gates_shifted"]
 
 
-class _Shifted:
+class ShiftedGate:
     """Decides for a gate as it would if its logits were lower by the shift.
 
     In training gates decide as without it: the losses shape the logits themselves, whose threshold is 0.
+
+    Args:
+        gate: the gate.
+        shift: what the logits exceed where it is open.
     """
 
     def __init__(self, gate: Gate, shift: float) -> None:
@@ -67,7 +71,7 @@ def gates_shifted(model: nn.Module, shift: float) -> Iterator[None]:
     """
     if math.isnan(shift):
         raise ValueError(f"shift must be a number, received {shift}")
-    shifted = [_Shifted(gate, float(shift)) for gate in named_gates(model).values()]
+    shifted = [ShiftedGate(gate, float(shift)) for gate in named_gates(model).values()]
     try:
         for each in shifted:
             each.gate._forced = (*each.gate._forced, each)

@@ -58,7 +58,16 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 # At concentrations of 1e5 the standard deviation is 0.001, far narrower than any useful prior of a gate.
 _Concentration = Annotated[float, Field(gt=0, le=100_000)]
 
-DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "canvases", "canvases-centred", "folder")
+DATASETS = (
+    "digits",
+    "fashion-mnist",
+    "cifar10",
+    "cifar100",
+    "canvases",
+    "canvases-centred",
+    "forms",
+    "folder",
+)
 """Names of the data sets."""
 
 
@@ -124,7 +133,7 @@ class DataSettings(Section):
     heading = "Data"
 
     name: str = Field("digits", alias="data")
-    """Data set: digits, fashion-mnist, cifar10, cifar100, canvases, canvases-centred, or folder."""
+    """Data set: digits, fashion-mnist, cifar10, cifar100, canvases, canvases-centred, forms, or folder."""
     data_folder: Path | None = None
     """Folder of the data. By default, the folder of its package or download."""
     download: bool = False

@@ -1,4 +1,4 @@
-"""Mixed-scale tokens on canvases: learned gates and their priors against chance, a rule and a penalty.
+"""Mixed-scale tokens on canvases and forms: learned gates and priors against chance, a rule and a penalty.
 
 ``python benchmarks/mixed_scale/mixed_scale.py`` trains what is not yet in ``results``, one run after the
 other: first, for each seed, the ViT with all regions fine; then, from its weights, every way to choose. A run
@@ -41,6 +41,8 @@ ROOT = HERE.parent.parent
 
 SEEDS = (0, 1, 2)
 DENSITIES = (0.15, 0.2, 0.3)
+ON_FORMS = 0.17
+"""Density that is asked for on forms, whose fields have a digit in 1.5 of 9 regions."""
 
 # What all runs share; the rest are the defaults.
 SHARED = {
@@ -66,6 +68,7 @@ FROM_FINE = {
     "noise_end": 0.8,
     "epochs": 1,
 }
+REGIONS = {"canvases": 16, "canvases-centred": 16, "forms": 9}
 PENALIZED = {"penalized": "open-gates", "budget": 0.0, "penalty_begin": 0.0, "penalty_end": 0.01}
 # For 0.15 and 0.2 chosen on the validation images with one seed, so that the share of fine regions is the
 # target; for 0.3 a guess, since with so small a weight the gate stays where it starts.
@@ -110,23 +113,58 @@ def arms() -> dict[str, dict[str, Any]]:
     made["fine_centred"] = {**made["fine"], **centred}
     # An epoch more, in which the means of the priors find their order.
     made["gbas_centred-0.2"] = {**made["gbas-0.2"], **centred, "epochs": 2}
-    return made
+    return made | {arm: {**settings, "data": "forms"} for arm, settings in arms_on_forms().items()}
+
+
+def arms_on_forms() -> dict[str, dict[str, Any]]:
+    """Those on forms, with settings of each way to choose that were chosen on the validation images."""
+    target = ON_FORMS
+    # Two epochs, since a gate has to learn the places too.
+    longer = {**FROM_FINE, "epochs": 2, "gate_learning_rate": 1e-2, "prior_learning_rate": 0.1}
+    one_prior = {**shaped(target, prior=(target, round(1 - target, 2))), **longer}
+    # With its mean at the target, and most of its mass at 0 and at 1.
+    hyperprior = one_prior["prior"]
+    return {
+        "fine_forms": {**FROM_NOTHING, "epochs": 6, "gated": False},
+        "coarse_forms": {**FROM_NOTHING, "epochs": 2, "gate": "chance", "density": 0.0},
+        f"chance_forms-{target}": {**longer, "gate": "chance", "density": target},
+        f"entropy_forms-{target}": {**longer, "gate": "entropy", "density": target},
+        f"tokens_forms-{target}": {**learned(target, **PENALIZED, penalty=0.5), **longer},
+        f"bas_forms-{target}": one_prior,
+        f"weak_forms-{target}": {**one_prior, "shaping": 5.0},
+        f"gbas_forms-{target}": {
+            **shaped(target, hyperprior=hyperprior, hyperprior_weight=1.0),
+            **longer,
+        },
+    }
 
 
 SHORT = ("fine", "coarse", *(f"{kind}-0.2" for kind in ("chance", "entropy", "tokens", "bas", "gbas")))
 """The arms in the table of the README."""
 
-KINDS = {
+CHOICES = {
     "fine": "all fine",
     "coarse": "all coarse",
     "chance": "chance",
     "entropy": "entropy of pixels",
     "tokens": "token penalty, tuned",
     "bas": "batch shaping, one prior",
+    "weak": "the same, a quarter of the weight",
     "gbas": "generalized batch shaping",
-    "fine_centred": "all fine, centred objects",
-    "gbas_centred": "generalized batch shaping, centred objects",
 }
+DATA = {"": "", "centred": ", centred objects", "forms": ""}
+
+
+def parts(arm: str) -> tuple[str, str, str]:
+    """How an arm chooses scales, on which data other than canvases, and the target."""
+    kind, _, target = arm.partition("-")
+    choice, _, data = kind.partition("_")
+    return choice, data, target
+
+
+def on(data: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What belongs to the arms on this data."""
+    return {arm: value for arm, value in found.items() if parts(arm)[1] == data}
 
 
 def runs(seeds: tuple[int, ...] = SEEDS, evaluate_on: str = "test") -> Iterator[tuple[str, RunConfig]]:
@@ -140,9 +178,10 @@ def runs(seeds: tuple[int, ...] = SEEDS, evaluate_on: str = "test") -> Iterator[
 def starts_from(name: str) -> str | None:
     """The run from whose weights a run starts."""
     arm, _, seed = name.rpartition("-seed")
-    if arm in ("fine", "coarse", "fine_centred"):
+    choice, data, _ = parts(arm)
+    if choice in ("fine", "coarse"):
         return None
-    return f"{'fine_centred' if 'centred' in arm else 'fine'}-seed{seed}"
+    return f"fine{'_' * bool(data)}{data}-seed{seed}"
 
 
 def finished(path: Path, config: RunConfig) -> bool:
@@ -216,7 +255,7 @@ def density(result: dict[str, Any]) -> float:
 
 def tokens(result: dict[str, Any]) -> float:
     """Tokens of an image beside the class token: one for a coarse region, four for a fine one."""
-    return 16 * (1 + 3 * density(result))
+    return REGIONS[result["config"]["data"]] * (1 + 3 * density(result))
 
 
 def spread(
@@ -232,11 +271,11 @@ def summarize(found: dict[str, list[dict[str, Any]]]) -> str:
     """The table, one row an arm."""
     rows = []
     for arm, results in found.items():
-        kind, _, target = arm.partition("-")
-        gated = kind not in ("fine", "coarse", "fine_centred")
+        choice, data, target = parts(arm)
+        gated = choice not in ("fine", "coarse")
         rows.append(
             [
-                KINDS[kind],
+                CHOICES[choice] + DATA[data],
                 target,
                 str(len(results)),
                 spread(results, density, 3) if gated else "",
@@ -244,11 +283,12 @@ def summarize(found: dict[str, list[dict[str, Any]]]) -> str:
                 spread(results, share, 1, 100),
                 spread(results, lambda result: result["accuracy"], 1, 100),
                 spread(results, lambda result: result["regions"]["objects"]["auc"], 3) if gated else "",
-                spread(results, correlation, 2) if kind.startswith("gbas") else "",
+                spread(results, correlation, 2) if choice == "gbas" else "",
             ]
         )
-    header = ["scales chosen by", "target", "seeds", "density", "tokens of 64", "multiply-adds, %"]
-    return table([*header, "test accuracy, %", "AUC", "r"], rows)
+    (regions,) = {REGIONS[result["config"]["data"]] for results in found.values() for result in results}
+    header = ["scales chosen by", "target", "seeds", "density", f"tokens of {4 * regions}"]
+    return table([*header, "multiply-adds, %", "test accuracy, %", "AUC", "r"], rows)
 
 
 def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
@@ -256,13 +296,18 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
     with house_style():
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.subplots()
-        kinds = [kind for kind in KINDS if not kind.endswith("_centred")]
-        for kind, marker in zip(kinds, "sXv^Dod", strict=True):
-            points = sorted(point(results) for arm, results in found.items() if arm.partition("-")[0] == kind)
+        for choice, marker in zip(CHOICES, "sXv^DoPd", strict=True):
+            points = sorted(point(results) for arm, results in found.items() if parts(arm)[0] == choice)
             if points:
                 spent, accuracies, deviations = zip(*points, strict=True)
                 axes.errorbar(
-                    spent, accuracies, deviations, label=KINDS[kind], marker=marker, capsize=3, markersize=5
+                    spent,
+                    accuracies,
+                    deviations,
+                    label=CHOICES[choice],
+                    marker=marker,
+                    capsize=3,
+                    markersize=5,
                 )
         axes.set(
             xlabel="multiply-adds of the ViT with all regions fine, %",
@@ -281,26 +326,32 @@ def point(results: list[dict[str, Any]]) -> tuple[float, float, float]:
     return 100 * statistics.fmean(map(share, results)), statistics.fmean(accuracies), deviation
 
 
-def draw_priors(found: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Where objects are, and what was learned of it, of the first seed."""
+def draw_maps(results: dict[str, dict[str, Any]]) -> Figure:
+    """Where objects are, what the last of the results learned of it, and where regions are fine in each.
+
+    Args:
+        results: a result, under the title of the map of its fine regions.
+    """
+    *_, learned_one = results.values()
+    maps = {
+        "has an object": learned_one["regions"]["objects"]["frequency"],
+        "learned mean of the prior": learned_one["priors"]["mean"],
+        **{title: share_fine(result) for title, result in results.items()},
+    }
+    highest = max(float(np.max(values)) for values in maps.values())
     with house_style():
-        figure = Figure(figsize=(7.2, 2.6), layout="constrained")
-        result = found["gbas_centred-0.2"][0]
-        fine = np.average(
-            [each["open"][0] for each in result["by_class"]],
-            axis=0,
-            weights=[each["examples"] for each in result["by_class"]],
-        )
-        maps = {
-            "has an object": result["regions"]["objects"]["frequency"],
-            "learned mean of the prior": result["priors"]["mean"],
-            "is fine": fine,
-        }
-        highest = max(float(np.max(values)) for values in maps.values())
-        for ax, (title, values) in zip(figure.subplots(1, 3), maps.items(), strict=True):
-            grid = np.reshape(values, result["regions"]["grid"])
+        figure = Figure(figsize=(2.4 * len(maps), 2.6), layout="constrained")
+        for ax, (title, values) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
+            grid = np.reshape(values, learned_one["regions"]["grid"])
             draw_region_map(ax, grid, title, highest)
     return figure
+
+
+def share_fine(result: dict[str, Any]) -> Any:
+    """Share of the images in which each region is fine."""
+    by_class = result["by_class"]
+    weights = [each["examples"] for each in by_class]
+    return np.average([each["open"][0] for each in by_class], axis=0, weights=weights)
 
 
 def main() -> None:
@@ -312,7 +363,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = ROOT / "outputs" / ("mixed_scale-validation" if arguments.validate else "mixed_scale")
     results = folders / "results" if arguments.validate else HERE / "results"
-    results.mkdir(parents=True, exist_ok=True)
+    for folder in (folders, results):
+        folder.mkdir(parents=True, exist_ok=True)
     wanted = dict(runs((0,), "validation") if arguments.validate else runs())
     if not arguments.summary:
         missing = [
@@ -333,13 +385,27 @@ def main() -> None:
     if not kept:
         return
     found = by_arm(kept)
-    print(summarize(found))
+    tables = {"mixed scale": {**on("", found), **on("centred", found)}, "forms": on("forms", found)}
+    summaries = {name: summarize(results) for name, results in tables.items() if results}
+    print(*summaries.values(), sep="\n\n")
     pictures = folders if arguments.validate else ROOT / "docs" / "figures"
-    draw(found).savefig(pictures / "mixed_scale.svg")
-    if "gbas_centred-0.2" in found:
-        draw_priors(found).savefig(pictures / "mixed_scale_priors.svg")
+    draw(on("", found)).savefig(pictures / "mixed_scale.svg")
+    maps = {
+        "mixed_scale_priors": {"is fine": "gbas_centred-0.2"},
+        "mixed_scale_forms": {
+            "is fine, one prior": f"bas_forms-{ON_FORMS}",
+            "is fine, learned priors": f"gbas_forms-{ON_FORMS}",
+        },
+    }
+    for name, shown in maps.items():
+        if found.keys() >= {*shown.values()}:
+            # Of the first seed.
+            draw_maps({title: found[arm][0] for title, arm in shown.items()}).savefig(
+                pictures / f"{name}.svg"
+            )
     if not arguments.validate:
-        write_table(ROOT / "docs" / "mixed_scale.md", "mixed scale", summarize(found))
+        for name, summary in summaries.items():
+            write_table(ROOT / "docs" / "mixed_scale.md", name, summary)
         short = {arm: results for arm, results in found.items() if arm in SHORT}
         write_table(ROOT / "README.md", "mixed scale", summarize(short))
     page = folders / "mixed_scale.html"

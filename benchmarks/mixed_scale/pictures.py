@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from batchshaping.figures.animations import write_gif
@@ -27,13 +28,23 @@ from batchshaping.training.trainer import make_trainer, silenced
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mixed_scale import ROOT, runs
+from mixed_scale import ON_FORMS, ROOT, runs
 
 RUNS, FIGURES = ROOT / "outputs" / "mixed_scale", ROOT / "docs" / "figures"
 SHOWN = range(6)
 EVERY = 10
 """Steps between two looks."""
 FRAMES = 38
+MASKS = {
+    "mixed_scale_masks": {"chance": "chance-0.2", "entropy": "entropy-0.2", "learned": "gbas-0.2"},
+    "mixed_scale_forms_masks": {
+        "entropy": f"entropy_forms-{ON_FORMS}",
+        "penalty": f"tokens_forms-{ON_FORMS}",
+        "one prior": f"bas_forms-{ON_FORMS}",
+        "learned": f"gbas_forms-{ON_FORMS}",
+    },
+}
+"""Figures of masks: the arms of each by their titles."""
 
 
 def masks_of(msvit: MSViT, images: Tensor) -> np.ndarray:
@@ -61,7 +72,7 @@ class Watch(Callback):
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw all."""
     name = "gbas-0.2-seed0"
     start = str(RUNS / "fine-seed0")
     config = dict(runs())[name].model_copy(update={"start": start, "evaluate_every": 10})
@@ -80,11 +91,18 @@ def main() -> None:
     ]
     animation = MaskAnimation(seen, np.array(watch.masks), captions)
     write_gif(animation, ROOT / "outputs" / "mixed_scale_tokens.gif", FRAMES, duration=160)
+    for figure, arms in MASKS.items():
+        draw_runs(arms).savefig(FIGURES / f"{figure}.png")
+
+
+def draw_runs(arms: dict[str, str]) -> Figure:
+    """The masks of test images, a row for each of these arms under its title."""
     rows = {}
-    for arm, title in (("chance", "chance"), ("entropy", "entropy"), ("gbas", "learned")):
-        network, _ = load_run(RUNS / f"{arm}-0.2-seed0")
-        rows[title] = masks_of(network, images)
-    draw_masks(seen, np.array([*rows.values()]), [*rows]).savefig(FIGURES / "mixed_scale_masks.png")
+    for title, arm in arms.items():
+        network, data = load_run(RUNS / f"{arm}-seed0")
+        pictures, _ = data.test.__getitems__(SHOWN)
+        rows[title] = masks_of(network, data.normalize(pictures))
+    return draw_masks((pictures[:, 0] / 255).numpy(), np.array([*rows.values()]), [*rows])
 
 
 if __name__ == "__main__":

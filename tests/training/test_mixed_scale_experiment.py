@@ -42,18 +42,19 @@ def test_every_arm_has_every_seed_and_is_judged_on_the_test_images(experiment: M
 def test_arms_differ_only_in_how_scales_are_chosen(experiment: ModuleType) -> None:
     wanted = dict(experiment.runs())
     of_the_choice = {
-        *("gate", "density", "gate_bias", "hyperprior", "prior", "shaping", "shaping_end"),
-        *("penalized", "penalty", "penalty_begin", "penalty_end", "budget"),
+        *("gate", "density", "gate_bias", "prior", "hyperprior", "hyperprior_weight"),
+        *("shaping", "shaping_end", "penalized", "penalty", "penalty_begin", "penalty_end", "budget"),
     }
-    for target in experiment.DENSITIES:
-        arms = [f"{kind}-{target}-seed1" for kind in ("chance", "entropy", "tokens", "bas", "gbas")]
+    targets = [*(("", target) for target in experiment.DENSITIES), ("_forms", experiment.ON_FORMS)]
+    for data, target in targets:
+        arms = [f"{kind}{data}-{target}-seed1" for kind in ("chance", "entropy", "tokens", "bas", "gbas")]
         first, *others = [
             {n: v for n, v in wanted[arm].model_dump().items() if n not in of_the_choice} for arm in arms
         ]
         assert all(other == first for other in others)
-        assert [experiment.starts_from(arm) for arm in arms] == ["fine-seed1"] * 5
+        assert [experiment.starts_from(arm) for arm in arms] == [f"fine{data}-seed1"] * 5
     assert experiment.starts_from("gbas_centred-0.2-seed2") == "fine_centred-seed2"
-    assert experiment.starts_from("fine-seed0") is experiment.starts_from("coarse-seed0") is None
+    assert experiment.starts_from("fine-seed0") is experiment.starts_from("coarse_forms-seed0") is None
 
 
 def test_a_run_is_kept_goes_on_and_counts_for_its_own_configuration_only(

@@ -95,7 +95,7 @@ def test_findings_are_those_of_the_network(tmp_path: Path) -> None:
         assert found["masks"][which] == network.gate.decisions[indices].int().tolist()
     has_object = objects_in_regions(drawn.objects(), side=16)
     for index in range(40):
-        (row, column), (down, across) = drawn.corners[index].tolist(), drawn.ink[index].nonzero().T
+        (row, column), (down, across) = drawn.corners[index, 0].tolist(), drawn.ink[index, 0].nonzero().T
         touched = {*((row + down) // 16 * 4 + (column + across) // 16).tolist()}
         assert touched == {*has_object[index].nonzero().flatten().tolist()}
     expected = roc_auc_score(has_object.flatten(), network.gate.probabilities.double().flatten())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from batchshaping.training.data.canvases import CANVASES, CENTRED_CANVASES
+from batchshaping.training.data.canvases import CANVASES, CENTRED_CANVASES, FORMS
 from batchshaping.training.data.cifar import CIFAR10, CIFAR100
 from batchshaping.training.data.dataset import Data, DataError, fewer
 from batchshaping.training.data.digits import digits
@@ -49,5 +49,6 @@ _LOADERS: dict[str, Callable[[DataSettings], Data]] = {
     "cifar100": CIFAR100,
     "canvases": CANVASES,
     "canvases-centred": CENTRED_CANVASES,
+    "forms": FORMS,
     "folder": folder_of_images,
 }
