@@ -792,7 +792,7 @@ class ConditionalBlocks(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         found = None
         if type(x) is Tensor and not is_plain() and native.can_compute(x):
-            made_of = [part for block in self._modules.values() for part in block.made_of()]  # type: ignore[union-attr,operator]
+            made_of = [part for block in self._modules.values() for part in block.made_of()]  # type: ignore[operator]
             found = self._chains.of(x.shape[1:], made_of, lambda: self._make_chain(x.shape))
         if found is None:
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]

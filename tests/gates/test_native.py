@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -74,7 +74,7 @@ def expected(
     x: Tensor,
     layers: list[PackedConvolution],
     gates: list[Gating | None],
-    positive: list[Tensor],
+    positive: Sequence[Tensor],
     other: Tensor,
     relu: bool,
 ) -> Tensor:
