@@ -292,7 +292,8 @@ class _Layout(NamedTuple):
             self.plane if self.in_blocks else _BLOCK,
             self.row * steps[0],
             self.pixel * steps[1],
-            self.channels,
+            # Zeros follow in the last block: its weights are zeros there, but memory may hold what is no number.
+            _blocks(self.channels) * _BLOCK if self.in_blocks else self.channels,
             top,
             left,
         )

@@ -180,6 +180,17 @@ def test_what_is_closed_is_not_read() -> None:
         assert bool(y.isfinite().all())
 
 
+def test_what_is_left_in_memory_changes_nothing() -> None:
+    """The last block of 20 channels has room for 12 more."""
+    layers = [PackedConvolution(nn.Conv2d(*channels, 1)) for channels in ((16, 20), (20, 16))]
+    block = Block.of(layers, [None], None, True, (8, 8)) if IS_THERE else None
+    if block is not None:
+        x, memory = channels_last(torch.randn(1, 16, 8, 8)), torch.full((2**16,), float("nan"))
+        with patch.object(native, "_spare", [memory]):
+            y, _ = native.Chain([block]).compute(x, None, [])
+        assert bool(y.isfinite().all())
+
+
 def test_what_is_no_number_stays_none() -> None:
     layers = [PackedConvolution(nn.Conv2d(16, 16, 1), relu=relu) for relu in (True, False)]
     block = Block.of(layers, [None], None, True, (8, 8)) if IS_THERE else None
