@@ -292,7 +292,7 @@ class _Layout(NamedTuple):
             self.plane if self.in_blocks else _BLOCK,
             self.row * steps[0],
             self.pixel * steps[1],
-            # Zeros follow in the last block: its weights are zeros there, but memory may hold what is no number.
+            # All of the last block: what is left in memory may be no number, also times zero.
             _blocks(self.channels) * _BLOCK if self.in_blocks else self.channels,
             top,
             left,
