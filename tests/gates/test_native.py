@@ -121,9 +121,9 @@ def test_open_channels_are_computed_as_pytorch_does(
             gatings = [each for each in gates if each is not None]
             positive = [share - torch.rand(n, len(each.last_bias)) for each in gatings]
             other = channels_last(shortcut(x))
-            chain, added = native.Chain([block]), None if block.has_shortcut else other
-            y, logits = chain.compute(x, added, positive)
-            decided, _ = chain.compute(x, added, [None] * len(gatings))
+            joined, added = native.Chain([block]), None if block.has_shortcut else other
+            y, logits = joined.compute(x, added, positive)
+            decided, _ = joined.compute(x, added, [None] * len(gatings))
     finally:
         torch.set_num_threads(before)
     for each, found in zip(gatings, logits, strict=True):
