@@ -74,7 +74,7 @@ def execute(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         yield executed
 
 
-def test_the_four_notebooks_are_there() -> None:
+def test_the_five_notebooks_are_there() -> None:
     assert {"batch_shaping.ipynb", "generalized_batch_shaping.ipynb", *LEARNED} <= set(NOTEBOOKS)
 
 
@@ -207,7 +207,35 @@ def check_mixed_scale(notebook: NotebookNode) -> None:
     assert {"report.html", "fine", "gated"} <= set(folders.split())
 
 
-LEARNED = {"channel_gating.ipynb": check_channel_gating, "mixed_scale_tokens.ipynb": check_mixed_scale}
+def check_faster(notebook: NotebookNode) -> None:
+    """What the notebook on making a network faster says of its networks, whatever seed they had."""
+    cells = [text for text in printed(notebook) if text]
+    plain, made, taught, budgets, shifted, promised, folder = cells
+
+    # By hand: a ResNet-8 of width 32 on 8 x 8, 4 x 4 and 2 x 2 pixels.
+    inner = [64 * 9 * 2 * 32 * 32, 16 * 9 * (32 + 64) * 64, 4 * 9 * (64 + 128) * 128]
+    dense = 64 * 9 * 32 + sum(inner) + 16 * 32 * 64 + 4 * 64 * 128 + 128 * 10
+    assert f"multiply-adds of an image: {dense:,}\n" in plain
+    assert after("accuracy on 450 test digits", plain)[0] > 95
+    assert made.splitlines()[:2] == ["training the gates", "trying other budgets"]
+    assert 25 < after("multiply-adds", made)[0] < 45
+    assert "within three points of the plain network: True" in made
+    assert after("with the teacher", taught)[0] > 93 and after("without", taught)[0] > 90
+    assert "closer to its outputs with the teacher: True" in taught
+    assert re.findall(r"^budget (\d+)%: .* True$", budgets, re.MULTILINE) == ["20", "30", "40", "50"]
+    assert "within the budget on the images it was found on: True" in shifted
+    assert after("and on the test digits", shifted)[0] <= 37
+    assert promised.index("No shift could be certified") < promised.index("five points")
+    assert promised.index("five points") < promised.index("At shift")
+    assert after("points lost on the other 225 images", promised)[0] < 8
+    assert {"result.json", "budgets.json", "latency.json", "report.html"} <= set(folder.split())
+
+
+LEARNED = {
+    "channel_gating.ipynb": check_channel_gating,
+    "mixed_scale_tokens.ipynb": check_mixed_scale,
+    "from_trained_to_faster.ipynb": check_faster,
+}
 """Train networks: a machine that rounds differently gets numbers as if from another seed."""
 
 

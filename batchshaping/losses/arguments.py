@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from batchshaping.losses.closed_form import Weights
 from batchshaping.losses.layers import Layers
 from batchshaping.priors.checks import check_values
 from batchshaping.statistics import STATISTICS
 from batchshaping.statistics.statistic import Discrepancy
 
 __all__ = [
+    "Reduction",
     "check_broadcast",
     "check_prior",
     "check_same_samples",
@@ -26,11 +29,24 @@ __all__ = [
 ]
 
 _Value = TypeVar("_Value")
-_Reduction = Callable[[Layers, Tensor], Tensor | list[Tensor]]
-_REDUCTIONS: dict[str, _Reduction] = {
-    "mean": Layers.total_of_means,
-    "sum": lambda _, loss: loss.sum(),
-    "none": Layers.split,
+
+
+class Reduction(NamedTuple):
+    """How the losses of the arrays are added up.
+
+    Attributes:
+        weights: what tells the weights of the arrays; it gives None if they are not added up.
+        of_none: what is added for a tensor without arrays.
+    """
+
+    weights: Callable[[Layers], Weights]
+    of_none: float = 0.0
+
+
+_REDUCTIONS = {
+    "mean": Reduction(Layers.weights_of_means, of_none=math.nan),  # as torch's mean of no values
+    "sum": Reduction(lambda _: 1.0),
+    "none": Reduction(lambda _: None),
 }
 
 
@@ -90,8 +106,8 @@ def chosen_statistic(statistic: str | Discrepancy) -> Discrepancy:
     return STATISTICS[statistic]
 
 
-def chosen_reduction(reduction: str) -> _Reduction:
-    """What makes one loss, or a list, of the losses of all arrays, by its name."""
+def chosen_reduction(reduction: str) -> Reduction:
+    """How the losses of the arrays are added up, by its name."""
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         known = ", ".join(map(repr, _REDUCTIONS))
         raise ValueError(f"reduction must be one of {known}, received {reduction!r}")

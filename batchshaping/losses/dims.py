@@ -15,12 +15,7 @@ __all__ = ["canonical_dims", "samples_last"]
 
 def canonical_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """The sample dimensions, counted from the front and in order."""
-    named: Sequence[Any] = () if dim is None else (dim,)
-    if not is_index(dim) and isinstance(dim, Iterable):
-        named = tuple(dim)
-    if not all(map(is_index, named)):
-        raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")
-    dims = tuple(map(operator.index, named))
+    dims = _indices(dim)
     if not dims:  # as in torch, no dimension means all of them
         return tuple(range(ndim))
     span = max(ndim, 1)
@@ -31,8 +26,17 @@ def canonical_dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...
             )
     found = sorted({d % span for d in dims})
     if len(found) != len(dims):
-        raise ValueError(f"dim must name each dimension once, received {tuple(dims)}")
-    return tuple(d for d in found if d < ndim)
+        raise ValueError(f"dim must name each dimension once, received {dims}")
+    return tuple(found) if ndim else ()
+
+
+def _indices(dim: object) -> tuple[int, ...]:
+    if is_index(dim):
+        return (operator.index(dim),)  # type: ignore[arg-type]
+    named: tuple[Any, ...] = () if dim is None else tuple(dim) if isinstance(dim, Iterable) else (dim,)
+    if not all(map(is_index, named)):
+        raise TypeError(f"dim must be an int, a sequence of ints or None, received {dim!r}")
+    return tuple(map(operator.index, named))
 
 
 def samples_last(x: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -31,7 +31,7 @@ from batchshaping.losses.arguments import (
     one_for_each,
     tensors_of,
 )
-from batchshaping.losses.closed_form import loss_of_arrays
+from batchshaping.losses.closed_form import Weights, loss_of_arrays, weighted_sum
 from batchshaping.losses.distributed import Collect, Columns, Group, resolve_group
 from batchshaping.losses.history import History
 from batchshaping.losses.layers import Layers, Part
@@ -162,7 +162,7 @@ def shaping_loss(
     history: History | None = None,
 ) -> Any:
     """:func:`batch_shaping` with a history of past batches."""
-    statistic, reduce = chosen_statistic(settings.statistic), chosen_reduction(settings.reduction)
+    statistic, reduction = chosen_statistic(settings.statistic), chosen_reduction(settings.reduction)
     priors = one_for_each(prior, x, "prior")
     for each in dict(zip(map(id, priors), priors, strict=True)).values():
         check_prior(each)
@@ -184,16 +184,18 @@ def shaping_loss(
         _check_samples(sum(columns.now), None, tensors, settings.dim)
         batch = columns.scattered(batch, current.counts)
         parts = [part.within(columns.own) for part in parts]
-    loss = _loss_of_parts(statistic, parts, batch, Options(settings.ties, settings.logits))
-    if columns is not None:
-        loss = Collect.apply(loss, columns)
+    options, weights = Options(settings.ties, settings.logits), reduction.weights(layers)
+    if columns is None:
+        loss = _loss_of_parts(statistic, parts, batch, options, weights)
+    else:
+        loss = weighted_sum(Collect.apply(_loss_of_parts(statistic, parts, batch, options), columns), weights)
     if history is not None:
         history.remember(current.values, current.counts)
-    reduced = reduce(layers, loss if loss.shape == layers.shape else loss.reshape(layers.shape))
     dtype = tensors[0].dtype
-    if loss.dtype == dtype:
-        return reduced
-    return [each.to(dtype) for each in reduced] if isinstance(reduced, list) else reduced.to(dtype)
+    loss = loss if loss.dtype == dtype else loss.to(dtype)
+    if weights is None:
+        return layers.split(loss.reshape(layers.shape))
+    return loss + reduction.of_none if 0 in layers.sizes else loss
 
 
 def _current(layers: Layers, tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Batch:
@@ -217,8 +219,14 @@ def _among_past(current: Batch, history: History) -> Batch:
     return Batch(values, count, is_current)
 
 
-def _loss_of_parts(statistic: Discrepancy, parts: Sequence[Part], batch: Batch, options: Options) -> Tensor:
-    """The loss of each array, in the shape of a single part, and in one dimension for several."""
+def _loss_of_parts(
+    statistic: Discrepancy, parts: Sequence[Part], batch: Batch, options: Options, weights: Weights = None
+) -> Tensor:
+    """The weighted sum of the losses.
+
+    Without weights it is the loss of each array, in the shape of a single part, and in one dimension for
+    several.
+    """
     values, count, current = batch
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
@@ -231,8 +239,13 @@ def _loss_of_parts(statistic: Discrepancy, parts: Sequence[Part], batch: Batch, 
             count if count is None or whole else count[place].reshape(shape),
             current,
         )
-        losses.append(loss_of_arrays(statistic, prior, of_part, options))
-    return losses[0] if len(losses) == 1 else torch.cat([loss.reshape(-1) for loss in losses])
+        of_arrays = weights[place] if isinstance(weights, Tensor) else weights
+        losses.append(loss_of_arrays(statistic, prior, of_part, options, of_arrays))
+    if len(losses) == 1:
+        return losses[0]
+    if weights is None:
+        return torch.cat([loss.reshape(-1) for loss in losses])
+    return torch.stack(losses).sum()
 
 
 def _check_samples(

@@ -57,15 +57,17 @@ class Layers:
 
     def __init__(self, tensors: Tensor | Sequence[Tensor], dim: int | Sequence[int] | None) -> None:
         self.single = isinstance(tensors, Tensor)
-        listed = (tensors,) if isinstance(tensors, Tensor) else tensors
-        dims = {ndim: canonical_dims(dim, ndim) for ndim in {tensor.ndim for tensor in listed}}
-        self.dims = [dims[tensor.ndim] for tensor in listed]
-        self.samples, self.shapes = [], []
-        for tensor, own in zip(listed, self.dims, strict=True):
-            shape = list(tensor.shape)
-            self.samples.append(torch.Size([shape.pop(d) for d in reversed(own)]).numel())
-            self.shapes.append(torch.Size(shape))
-        self.sizes = [shape.numel() for shape in self.shapes]
+        self.dims, self.samples, self.shapes, self.sizes = [], [], [], []
+        dims_of: dict[int, tuple[int, ...]] = {}
+        for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
+            shape = tensor.shape
+            ndim = len(shape)
+            dims = dims_of[ndim] if ndim in dims_of else dims_of.setdefault(ndim, canonical_dims(dim, ndim))
+            arrays = torch.Size([size for d, size in enumerate(shape) if d not in dims])
+            self.dims.append(dims)
+            self.samples.append(torch.Size([shape[d] for d in dims]).numel())
+            self.shapes.append(arrays)
+            self.sizes.append(arrays.numel())
         self.shape = self.shapes[0] if self.single else torch.Size([sum(self.sizes)])
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -84,16 +86,19 @@ class Layers:
             part.reshape(shape) for part, shape in zip(values.split(self.sizes), self.shapes, strict=True)
         ]
 
-    def total_of_means(self, values: Tensor) -> Tensor:
-        """One value of each array, averaged over the arrays of each tensor and added up over the tensors."""
-        if self.single:
-            return values.mean()
-        if 0 in self.sizes:  # torch's mean of no values is NaN
-            return torch.stack([part.mean() for part in self.split(values)]).sum()
-        # One product with the weights takes less time than a mean for each tensor.
-        weights = torch.tensor([1 / size for size in self.sizes], dtype=values.dtype, device="cpu")
-        repeats = torch.tensor(self.sizes, device="cpu")
-        return values @ weights.repeat_interleave(repeats, output_size=len(values)).to(values.device)
+    def weights_of_means(self) -> float | Tensor:
+        """The weights of the arrays in the sum of the means over the arrays of each tensor.
+
+        One number if they are equal, and else a number for each array.
+        """
+        sizes = [size for size in self.sizes if size]
+        if not sizes:
+            return 1.0
+        if all(size == sizes[0] for size in sizes):
+            return 1 / sizes[0]
+        weights = torch.tensor([1 / size for size in sizes], dtype=torch.float64, device="cpu")
+        repeats = torch.tensor(sizes, device="cpu")
+        return weights.repeat_interleave(repeats, output_size=sum(sizes))
 
     def parts(self, priors: Sequence[Distribution]) -> list[Part]:
         """The arrays by the priors that they have, as few parts as priors can be joined to.

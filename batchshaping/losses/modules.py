@@ -54,7 +54,7 @@ class BatchShapingLoss(PriorModule):
         >>> from torch import nn
         >>> loss = bs.BatchShapingLoss(bs.Beta(nn.Parameter(torch.tensor(0.6)), 0.4), dim=0)
         >>> loss(torch.tensor([[0.1, 0.9], [0.5, 0.8], [0.9, 0.7]]))
-        tensor(0.0187, grad_fn=<MeanBackward0>)
+        tensor(0.0187, grad_fn=<_ClosedFormLossBackward>)
         >>> [name for name, _ in loss.named_parameters()]
         ['a']
     """

@@ -151,7 +151,7 @@ class ClosedForm(Discrepancy):
         parameters: Sequence[Tensor],
         options: Options,
         needs: Needs,
-    ) -> list[Tensor]:
+    ) -> list[Any]:
         """The discrepancy of each array and its gradients, all without a graph.
 
         Args:
@@ -163,8 +163,8 @@ class ClosedForm(Discrepancy):
 
         Returns:
             The discrepancies, of shape (...); the gradient in the values, of shape (..., N), or empty if not
-            needed; the factor that all gradients of an array have yet to be multiplied by, of shape (...);
-            and, if needed, the gradient in each parameter, of shape (...).
+            needed; the factor that all gradients of an array have yet to be multiplied by, of shape (...), or
+            a number for all arrays; and, if needed, the gradient in each parameter, of shape (...).
         """
 
 
@@ -222,7 +222,7 @@ class ClosedFormStatistic(ClosedForm, Statistic):
         parameters: Sequence[Tensor],
         options: Options,
         needs: Needs,
-    ) -> list[Tensor]:
+    ) -> list[Any]:
         x, samples = batch.values, Samples(batch, options.ties)
         by_array = tuple(p.unsqueeze(-1) if p.ndim else p for p in parameters)
         terms_of = self.closed_form(Comparison(prior, by_array, samples, options.logits, needs.parameters))
@@ -241,9 +241,10 @@ class ClosedFormStatistic(ClosedForm, Statistic):
         loss, *in_parameters = sums
         loss.div_(samples.number)
         number = samples.number
-        factor = torch.full_like(loss, 2 / number) if isinstance(number, int) else 2 / number.expand_as(loss)
+        factor = 2 / number if isinstance(number, int) else 2 / number.expand_as(loss)
         if samples.broken is not None:
-            loss, factor = (t.masked_fill_(samples.broken, torch.nan) for t in (loss, factor))
+            loss.masked_fill_(samples.broken, torch.nan)
+            factor = (torch.zeros_like(loss) + factor).masked_fill_(samples.broken, torch.nan)
         return [loss, gradient, factor, *in_parameters]
 
 

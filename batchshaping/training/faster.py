@@ -141,7 +141,7 @@ def make_faster(
     result = _trained(config, output, progress)
     told("trying other budgets")
     budgets = read_budgets(output)
-    if budgets is None:
+    if budgets is None or _promised(budgets) != (accuracy_loss, confidence):
         shares = _budgets(budget, result["cost"])
         budgets = measure_budgets(output, shares, accuracy_loss=accuracy_loss, confidence=confidence)
     told("measuring the time of images")
@@ -175,6 +175,12 @@ def _budgets(budget: float, cost: dict[str, Any]) -> list[float]:
     """Budgets that gates can meet, the one that is asked for among them."""
     least = 1.05 * cost["fixed"] / cost["dense"]
     return [share for share in sorted([budget, *(s * budget for s in _OTHER_BUDGETS)]) if least < share < 1]
+
+
+def _promised(budgets: dict[str, Any]) -> tuple[float, float] | None:
+    """Loss of accuracy and confidence of the promise that was measured."""
+    promise = budgets["guarantee"]
+    return None if promise is None else (promise["accuracy_loss"], promise["confidence"])
 
 
 def _export(output: Path) -> str | None:

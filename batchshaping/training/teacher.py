@@ -37,7 +37,7 @@ class Teacher:
     .. math::
         (1 - w) \, \mathrm{CE}(z, \mathrm{label})
         \quad\text{and}\quad
-        w \, t^2 \, \mathrm{KL}\big(\mathrm{softmax}(y / t) \,\|\, \mathrm{softmax}(z / t)\big),
+        w \, t^2 \, \mathrm{KL}(\mathrm{softmax}(y / t) \,\|\, \mathrm{softmax}(z / t)),
 
     means over the batch. The gradient of the second is that of the cross-entropy on the softened outputs, and
     it is 0 where both networks agree. The factor :math:`t^2` keeps its size about the same for all

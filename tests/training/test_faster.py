@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def test_every_step_leaves_its_file(original: Path, made: tuple[Path, Faster]) -
     page = (output / "report.html").read_text()
     assert "its teacher, and" in page[page.index("<h1>") : page.index("</h1>")]
     assert outcome.times_faster > 0 and -1 <= outcome.accuracy_lost <= 1
+
+
+def test_another_promise_is_measured_anew(original: Path, made: tuple[Path, Faster], tmp_path: Path) -> None:
+    shutil.copytree(made[0], tmp_path / "faster")
+    again = make_faster(original, tmp_path / "faster", BUDGET, accuracy_loss=0.5)
+    assert again.budgets["guarantee"]["accuracy_loss"] == 0.5
+    assert again.budgets["calibration"] == made[1].budgets["calibration"]
+    assert again.latency == made[1].latency
 
 
 @pytest.mark.parametrize("step", ["measure_budgets", "measure_run", "export_onnx", "report_html"])
