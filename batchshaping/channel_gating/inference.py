@@ -375,7 +375,8 @@ class FoldedGate(Gate):
         decide = self._forced[-1]
         if isinstance(decide, ShiftedGate):
             return decide.shift
-        return decide(self.last_bias.new_empty((images, self.gates))).contiguous()
+        like = self._buffers["last_bias"].new_empty((images, self.gates))  # type: ignore[union-attr]
+        return decide(like).contiguous()
 
     def keep_run(self, logits: Tensor, forced: Tensor | float | None) -> None:
         """Keep what was computed elsewhere, with what decided."""
@@ -506,7 +507,7 @@ class ConditionalBlock(OneStep):
     ) -> None:
         super().__init__()
         self.plans: dict[tuple[int, ...], tuple[tuple[float, str], ...]] = {}
-        self._native = native.Blocks()
+        self._native: native.OfSizes[native.Block | None] = native.OfSizes()
         self._inner: list[_Inner] = []
         names: list[str | None] = [None]
         for step in steps:
@@ -575,7 +576,7 @@ class ConditionalBlock(OneStep):
         if not block.has_shortcut:
             other = x if self.downsample is None else channels_last(self.downsample(x))
         forced = [gate.forced_for(x.shape[0]) for gate in self.folded_gates]
-        y, logits = native.compute([block], x, other, forced)
+        y, logits = native.Chain([block]).compute(x, other, forced)
         for gate, values, decided in zip(self.folded_gates, logits, forced, strict=True):
             gate.keep_run(values, decided)
         return y if self._relu else self.activation(y)
@@ -584,16 +585,22 @@ class ConditionalBlock(OneStep):
         """Blocks that are computed together."""
         return ConditionalBlocks(OrderedDict(modules._modules))
 
+    def made_of(self) -> list[object]:
+        """Whether nobody watches the block, and the generations of its weights."""
+        return [
+            not self._forward_hooks and not self._forward_pre_hooks,
+            *[layer.generation for layer in self._layers],
+        ]
+
     @property
     def is_whole(self) -> bool:
         """Whether native code computes all of the block, and nobody watches it."""
-        return self._relu and not self._forward_hooks and not self._forward_pre_hooks
+        return self._relu and bool(self.made_of()[0])
 
     def native_for(self, shape: tuple[int, ...]) -> native.Block | None:
         """The block in native code for images of a shape, or None where there is none."""
         _, channels, height, width = shape
-        generations = [layer.generation for layer in self._layers]
-        found = self._native.of((height, width), generations, lambda: self._make_native((height, width)))
+        found = self._native.of((height, width), self.made_of(), lambda: self._make_native((height, width)))
         return found if found is not None and found.channels == channels else None
 
     def _make_native(self, size: tuple[int, int]) -> native.Block | None:
@@ -778,22 +785,34 @@ class ConditionalBlocks(nn.Sequential):
     seems to.
     """
 
+    def __init__(self, blocks: OrderedDict[str, nn.Module]) -> None:
+        super().__init__(blocks)
+        self._chains: native.OfSizes[tuple[native.Chain, list[FoldedGate]] | None] = native.OfSizes()
+
     def forward(self, x: Tensor) -> Tensor:
-        if type(x) is not Tensor or is_plain() or not native.can_compute(x):
+        found = None
+        if type(x) is Tensor and not is_plain() and native.can_compute(x):
+            made_of = [part for block in self._modules.values() for part in block.made_of()]  # type: ignore[operator]
+            found = self._chains.of(x.shape[1:], made_of, lambda: self._make_chain(x.shape))
+        if found is None:
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
-        blocks, made, shape = [*self], [], tuple(x.shape)
-        for block in blocks:
-            found = block.native_for(shape) if block.is_whole else None
-            if found is None or not (found.has_shortcut or block.downsample is None):
-                return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
-            made.append(found)
-            shape = (shape[0], found.outputs, found.height, found.width)
-        gates = [gate for block in blocks for gate in block.folded_gates]
+        chain, gates = found
         forced = [gate.forced_for(x.shape[0]) for gate in gates]
-        y, logits = native.compute(made, channels_last(x), None, forced)
+        y, logits = chain.compute(channels_last(x), None, forced)
         for gate, values, decided in zip(gates, logits, forced, strict=True):
             gate.keep_run(values, decided)
         return y
+
+    def _make_chain(self, shape: tuple[int, ...]) -> tuple[native.Chain, list[FoldedGate]] | None:
+        """The blocks as one call for images of a shape, with their gates; None where that cannot be."""
+        blocks, made = [*self], []
+        for block in blocks:
+            found = block.native_for(shape) if block.is_whole else None
+            if found is None or not (found.has_shortcut or block.downsample is None):
+                return None
+            made.append(found)
+            shape = (shape[0], found.outputs, found.height, found.width)
+        return native.Chain(made), [gate for block in blocks for gate in block.folded_gates]
 
 
 _WAYS: Mapping[str, Callable[[ConditionalBlock, _Batch], Tensor]] = {

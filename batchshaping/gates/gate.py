@@ -184,7 +184,8 @@ class Gate(OneStep):
         # An exported program has no state, and the tensors that it is made with have no values.
         if not is_exporting() and not is_recomputing():
             earlier = () if self._pass is None else self._runs
-            self._runs = (*earlier, (logits, decisions))
+            # Without the search for parameters and modules, as below: there are many gates.
+            self.__dict__["_runs"] = (*earlier, (logits, decisions))
 
     def _decided(self, logits: Tensor) -> Tensor:
         """What the logits decide."""
@@ -344,14 +345,14 @@ class ForwardPasses:
         for gate in self.gates:
             # A forward pass within that of a larger model is a part of it.
             if gate._pass is None or gate._pass is self:
-                gate._pass, gate._runs = self, ()
+                gate.__dict__.update(_pass=self, _runs=())
 
     def end(self, *inputs: Any) -> None:
         """The forward pass is over, or has failed."""
         if self._matters(inputs):
             for gate in self.gates:
                 if gate._pass is self:
-                    gate._pass = None
+                    gate.__dict__["_pass"] = None
 
     def _matters(self, inputs: tuple[Any, ...]) -> bool:
         """Whether layers run for the first time: not in a backward pass, and not for a tracer."""

@@ -206,7 +206,8 @@ def fold_and_pack(
 ) -> nn.Module:
     """Replace modules of a model, in place, and all convolutions elsewhere by packed ones.
 
-    The batch normalization and the ReLU that follow a convolution are folded in where that is certain.
+    The batch normalization, the ReLU and the pooling that follow a convolution are computed with it where
+    that is certain.
 
     Args:
         model: a module in evaluation.
@@ -218,9 +219,10 @@ def fold_and_pack(
     model = _replaced(model, others)
     within = {module for other in others.values() for module in other.modules()}
     packed: dict[nn.Module, nn.Module] = {}
-    for convolution, norm, relu in _chains(model, leaves=set(others.values())):
-        packed[convolution] = PackedConvolution(convolution, norm, relu is not None)
-        packed.update({layer: nn.Identity() for layer in (norm, relu) if layer is not None})
+    for convolution, norm, relu, pool in _chains(model, leaves=set(others.values())):
+        made = PackedConvolution(convolution, norm, relu is not None)
+        packed[convolution] = made if pool is None else native.PooledConvolution(made, pool)
+        packed.update({layer: nn.Identity() for layer in (norm, relu, pool) if layer is not None})
     for module in model.modules():
         if (
             isinstance(module, nn.Conv2d)
@@ -233,8 +235,8 @@ def fold_and_pack(
 
 def _chains(
     model: nn.Module, leaves: set[nn.Module]
-) -> Iterator[tuple[nn.Conv2d, nn.Module | None, nn.Module | None]]:
-    """Convolutions, each with the batch normalization and the ReLU that take nothing but its output."""
+) -> Iterator[tuple[nn.Conv2d, nn.Module | None, nn.Module | None, nn.MaxPool2d | None]]:
+    """Convolutions with the batch normalization, the ReLU and the pooling that alone take its output."""
     modules = dict(model.named_modules())
     try:
         nodes = [*_Tracer(leaves).trace(model).nodes]
@@ -259,11 +261,14 @@ def _chains(
         module = modules[node.target] if node.op == "call_module" else None
         if not isinstance(module, nn.Conv2d) or not can_be_packed(module) or calls[module] > 1:
             continue
-        norm = relu = None
+        norm = relu = pool = None
         after = following(node)
         if after is not None and can_be_folded(after[1]):
             norm = after[1]
             after = following(after[0])
         if after is not None and type(after[1]) is nn.ReLU:
             relu = after[1]
-        yield module, norm, relu
+            after = following(after[0])
+        if after is not None and type(after[1]) is nn.MaxPool2d and not after[1].return_indices:
+            pool = after[1]
+        yield module, norm, relu, pool

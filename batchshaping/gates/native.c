@@ -344,7 +344,8 @@ typedef struct {
     int64_t part, parts;   /* rows in a part of an image, and parts */
     float *buffers[MOST_BUFFERS];
     float *sums; /* [image][part][channels, in whole blocks] */
-    float *const *logits;
+    float *logits; /* of all gates of an image side by side; from an image to the next: */
+    int64_t of_image;
     const float *const *forced; /* what is positive where a gate is open, if that is not the logits; or NULL */
     const float *thresholds;    /* what the logits exceed where a gate is open */
     opened lists[MOST_LAYERS];
@@ -441,10 +442,12 @@ static void decide(const void *what, int64_t image) {
     float *sums = v->sums + image * v->parts * channels;
     for (int64_t part = 1; part < v->parts; part++)
         for (int64_t k = 0; k < channels; k += LANES) store(sums + k, load(sums + k) + load(sums + part * channels + k));
+    float *logits = v->logits + (v->first + image) * v->of_image;
+    for (int64_t k = 0; k < r->number_of_gatings; k++) logits += r->gatings[k].number;
     for (int64_t k = r->number_of_gatings - 1; k >= 0; k--) {
         const gating *g = r->gatings + k;
         float hidden[MOST_HIDDEN];
-        float *logits = v->logits[k] + (v->first + image) * g->number;
+        logits -= g->number;
         multiply(sums, r->channels, g->first_weight, g->first_bias, 1.0f / (float)(r->rows * r->columns), hidden, g->hidden);
         for (int64_t i = 0; i < g->hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
         multiply(hidden, g->hidden, g->last_weight, g->last_bias, 1, logits, g->number);
@@ -479,9 +482,9 @@ typedef struct {
 
 /* The phases of a block; gives how many there are. */
 static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t first, int64_t number, float *x, float *other, float *y,
-                         float *memory, float *const *logits, const float *const *forced, const float *thresholds) {
+                         float *memory, float *logits, int64_t of_image, const float *const *forced, const float *thresholds) {
     known *v = &p->v;
-    *v = (known){.r = r, .first = first, .number = number, .logits = logits, .forced = forced, .sums = memory};
+    *v = (known){r, first, number, .sums = memory, .logits = logits, .of_image = of_image, .forced = forced};
     v->thresholds = thresholds;
     memory += number * PARTS * whole(r->channels);
     for (int64_t k = 0; k < MOST_BUFFERS; k++) v->buffers[k] = memory, memory += number * whole(r->sizes[k]);
@@ -523,9 +526,10 @@ static int64_t make_plan(plan *p, phase *phases, const residual *r, int64_t firs
    other: what the first block's branch is added to, or NULL if that is x or a convolution of the block's.
    together: how many images are computed together; with few, they stay in the caches.
    memory: for each of those, what the block needs that needs most, and before that two times the largest output.
-   logits, forced, thresholds: of all layers of gates of all blocks. Gives whether it was done. */
+   logits: of all gates of an image side by side; forced, thresholds: for each layer of gates of all blocks. Gives
+   whether it was done. */
 int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int64_t number, int64_t together, float *x,
-                   float *other, float *y, float *memory, int64_t output, float *const *logits,
+                   float *other, float *y, float *memory, int64_t output, float *logits,
                    const float *const *forced, const float *thresholds, parallel run, int64_t threads) {
     const int64_t most = MOST_LAYERS + 2;
     const residual *last = blocks[number_of_blocks - 1];
@@ -535,16 +539,21 @@ int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int6
     phase *phases = (phase *)(plans + number_of_blocks);
     int64_t *counters = (int64_t *)(phases + most * number_of_blocks);
     float *between[2] = {memory, memory + together * output};
+    int64_t of_image = 0;
+    for (int64_t b = 0; b < number_of_blocks; b++)
+        for (int64_t k = 0; k < blocks[b]->number_of_gatings; k++) of_image += blocks[b]->gatings[k].number;
     for (int64_t first = 0; first < number; first += together) {
         int64_t now = first + together < number ? together : number - first, made = 0, gatings = 0;
+        float *of_block_logits = logits;
         float *from = x + first * blocks[0]->rows * blocks[0]->columns * blocks[0]->channels;
         float *add = other ? other + first * last->output : from;
         for (int64_t b = 0; b < number_of_blocks; b++) {
             float *to = b + 1 < number_of_blocks ? between[b % 2] : y + first * last->output;
             made += make_plan(plans + b, phases + made, blocks[b], first, now, from, add, to,
-                              memory + 2 * together * output, logits + gatings, forced + gatings,
+                              memory + 2 * together * output, of_block_logits, of_image, forced + gatings,
                               thresholds + gatings);
             gatings += blocks[b]->number_of_gatings;
+            for (int64_t k = 0; k < blocks[b]->number_of_gatings; k++) of_block_logits += blocks[b]->gatings[k].number;
             from = add = to;
         }
         memset(counters, 0, sizeof(int64_t) * 2 * (size_t)made);
@@ -558,15 +567,20 @@ int compute_blocks(const residual *const *blocks, int64_t number_of_blocks, int6
 
 /* Maximum pooling of images in the order of channels_last. */
 typedef struct {
-    const float *x;
-    float *y;
     int64_t rows, columns, channels, out_rows, out_columns;
     int64_t kernel[2], stride[2], padding[2];
 } pooling;
 
+typedef struct {
+    const pooling *p;
+    const float *x;
+    float *y;
+} pooled;
+
 /* A row of the output. What is no number is larger than all. */
 static void pool_row(const void *what, int64_t task) {
-    const pooling *v = what;
+    const pooling *v = ((const pooled *)what)->p;
+    const float *images = ((const pooled *)what)->x;
     int64_t image = task / v->out_rows, out_row = task % v->out_rows;
     int64_t above = out_row * v->stride[0] - v->padding[0], below = above + v->kernel[0];
     if (above < 0) above = 0;
@@ -575,11 +589,11 @@ static void pool_row(const void *what, int64_t task) {
         int64_t left = out * v->stride[1] - v->padding[1], right = left + v->kernel[1];
         if (left < 0) left = 0;
         if (right > v->columns) right = v->columns;
-        float *y = v->y + (task * v->out_columns + out) * v->channels;
+        float *y = ((const pooled *)what)->y + (task * v->out_columns + out) * v->channels;
         for (int64_t channel = 0; channel + LANES <= v->channels; channel += LANES) {
             vector most = (vector){0} - __builtin_inff();
             for (int64_t row = above; row < below; row++) {
-                const float *x = v->x + ((image * v->rows + row) * v->columns + left) * v->channels + channel;
+                const float *x = images + ((image * v->rows + row) * v->columns + left) * v->channels + channel;
                 for (int64_t column = left; column < right; column++, x += v->channels) {
                     vector value = load(x);
                     mask larger = (value > most) | (value != value);
@@ -592,8 +606,9 @@ static void pool_row(const void *what, int64_t task) {
 }
 
 /* channels: a multiple of 16. */
-void pool(const pooling *p, int64_t number, parallel run, int64_t threads) {
-    phase rows = {p, pool_row, number * p->out_rows};
+void pool(const pooling *p, int64_t number, const float *x, float *y, parallel run, int64_t threads) {
+    pooled what = {p, x, y};
+    phase rows = {&what, pool_row, number * p->out_rows};
     int64_t counters[2] = {0};
     job j = {&rows, 1, counters, counters + 1};
     if (run && threads > 1) run(work, &j, (unsigned)threads, 0);

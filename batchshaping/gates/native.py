@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from torch.nn.modules.utils import _pair
 from batchshaping.gates.gate import OneStep
 from batchshaping.gates.packed import PackedConvolution, channels_last, is_plain
 
-__all__ = ["Block", "Blocks", "Gating", "MaxPool", "can_compute", "compute", "library"]
+__all__ = ["Block", "Chain", "Gating", "MaxPool", "OfSizes", "PooledConvolution", "can_compute", "library"]
 
 _BLOCK = 16
 """Channels in a block."""
@@ -69,7 +69,8 @@ def library() -> Any:
         return None
     found.needed.argtypes, found.needed.restype = [_Pointer], _Number
     found.use_large_pages.argtypes, found.use_large_pages.restype = [_Pointer, _Number], None
-    found.pool.argtypes, found.pool.restype = [_Pointer, _Number, _Pointer, _Number], None
+    found.pool.argtypes = [_Pointer, _Number, _Pointer, _Pointer, _Pointer, _Number]
+    found.pool.restype = None
     found.compute_blocks.argtypes = [
         *(_Pointer, _Number, _Number, _Number, _Pointer, _Pointer, _Pointer, _Pointer, _Number),
         *(_Pointer, _Pointer, _Pointer, _Pointer, _Number),
@@ -291,7 +292,8 @@ class _Layout(NamedTuple):
             self.plane if self.in_blocks else _BLOCK,
             self.row * steps[0],
             self.pixel * steps[1],
-            self.channels,
+            # All of the last block: what is left in memory may be no number, also times zero.
+            _blocks(self.channels) * _BLOCK if self.in_blocks else self.channels,
             top,
             left,
         )
@@ -461,46 +463,64 @@ class Block:
         return tensor.data_ptr()
 
 
-def compute(
-    blocks: Sequence[Block], x: Tensor, other: Tensor | None, forced: Sequence[Tensor | float | None]
-) -> tuple[Tensor, list[Tensor]]:
-    """The output of blocks one after the other, and the logits of all their gates.
+class Chain:
+    """Blocks one after the other, which one call computes.
+
+    What does not depend on the images is made here, once: between two calls the interpreter's own data leave
+    the caches, so that each step costs several times what it seems to.
 
     Args:
         blocks: each for the size of what the one before gives.
-        x: images in the order of channels_last.
-        other: what the first block's branch is added to, in the same order; None if that is x, or if the
-            block has a shortcut, as it is for all others.
-        forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); or a
-            number that the logits exceed where a gate is open; None for 0.
     """
-    n, last = x.shape[0], blocks[-1]
-    y = _images(n, last.outputs, last.height, last.width)
-    logits = [_memory(n, gates) for block in blocks for gates in block.gates]
-    between = max([block.size for block in blocks[:-1]], default=0)
-    floats = max([block.floats for block in blocks]) + 2 * between
-    together = min(n, max(1, _CACHED // floats))
-    memory = _take(together * floats + _BEYOND)
-    done = library().compute_blocks(
-        (_Pointer * len(blocks))(*[block.address for block in blocks]),
-        len(blocks),
-        n,
-        together,
-        x.data_ptr(),
-        None if other is None else other.data_ptr(),
-        y.data_ptr(),
-        memory.data_ptr(),
-        between,
-        _pointers(logits),
-        _pointers([each if isinstance(each, Tensor) else None for each in forced]),
-        (ctypes.c_float * (len(forced) or 1))(*[each if isinstance(each, float) else 0 for each in forced]),
-        _parallel(),
-        torch.get_num_threads(),
-    )
-    _give_back(memory)
-    if not done:
-        raise MemoryError("native code found no memory")
-    return y, logits
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = (*blocks,)
+        self._addresses = (_Pointer * len(blocks))(*[block.address for block in blocks])
+        self._gates = [gates for block in blocks for gates in block.gates]
+        self._between = max([block.size for block in blocks[:-1]], default=0)
+        self._floats = max([block.floats for block in blocks]) + 2 * self._between
+
+    def compute(
+        self, x: Tensor, other: Tensor | None, forced: Sequence[Tensor | float | None]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The output of the last block, and the logits of each layer of gates.
+
+        Args:
+            x: images in the order of channels_last.
+            other: what the first block's branch is added to, in the same order; None if that is x, or if the
+                block has a shortcut, as it is for all others.
+            forced: for each layer of gates what is positive where a gate is open, of shape (N, gates); or a
+                number that the logits exceed where a gate is open; None for 0.
+        """
+        n, last = x.shape[0], self._blocks[-1]
+        y = _images(n, last.outputs, last.height, last.width)
+        logits = _memory(n, sum(self._gates))
+        together = min(n, max(1, _CACHED // self._floats))
+        memory = _take(together * self._floats + _BEYOND)
+        done = library().compute_blocks(
+            self._addresses,
+            len(self._blocks),
+            n,
+            together,
+            x.data_ptr(),
+            None if other is None else other.data_ptr(),
+            y.data_ptr(),
+            memory.data_ptr(),
+            self._between,
+            logits.data_ptr(),
+            (_Pointer * (len(forced) or 1))(
+                *[each.data_ptr() if isinstance(each, Tensor) else None for each in forced]
+            ),
+            (ctypes.c_float * (len(forced) or 1))(
+                *[each if isinstance(each, float) else 0 for each in forced]
+            ),
+            _parallel(),
+            torch.get_num_threads(),
+        )
+        _give_back(memory)
+        if not done:
+            raise MemoryError("native code found no memory")
+        return y, logits.split_with_sizes(self._gates, 1) if self._gates else ()
 
 
 def _is_read_in_place(layer: PackedConvolution, size: tuple[int, int]) -> bool:
@@ -534,19 +554,14 @@ def _in_large_pages(values: Tensor) -> Tensor:
     return memory[start : start + values.numel()].view(values.shape).copy_(values)
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> Any:
-    return (_Pointer * (len(tensors) or 1))(
-        *[None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    )
+_Made = TypeVar("_Made")
 
 
-class Blocks(dict[tuple[int, int], tuple[Sequence[object], "Block | None"]]):
-    """A block for the latest sizes of its input; what is copied or pickled of it is empty."""
+class OfSizes(dict[Sequence[int], tuple[Sequence[object], _Made]]):
+    """What is made for the latest sizes of an input; what is copied or pickled of it is empty."""
 
-    def of(
-        self, size: tuple[int, int], made_of: Sequence[object], make: Callable[[], Block | None]
-    ) -> Block | None:
-        """The block for a size, which is made anew if it was made of something else."""
+    def of(self, size: Sequence[int], made_of: Sequence[object], make: Callable[[], _Made]) -> _Made:
+        """What is made for a size, anew if it was made of something else."""
         found = self.get(size)
         if found is None or found[0] != made_of:
             while len(self) >= PackedConvolution.SIZES:
@@ -554,17 +569,15 @@ class Blocks(dict[tuple[int, int], tuple[Sequence[object], "Block | None"]]):
             found = self[size] = made_of, make()
         return found[1]
 
-    def __deepcopy__(self, memo: object) -> Blocks:
-        return Blocks()
+    def __deepcopy__(self, memo: object) -> OfSizes[_Made]:
+        return OfSizes()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Blocks, ()
+        return OfSizes, ()
 
 
 class _Pooling(ctypes.Structure):
     _fields_ = [
-        ("x", _Pointer),
-        ("y", _Pointer),
         *((name, _Number) for name in ("rows", "columns", "channels", "out_rows", "out_columns")),
         *((name, _Number * 2) for name in ("kernel", "stride", "padding")),
     ]
@@ -592,20 +605,72 @@ class MaxPool(OneStep, nn.MaxPool2d):
             layer.ceil_mode,
         )
         self._is_simple = _pair(layer.dilation) == (1, 1) and not (layer.return_indices or layer.ceil_mode)
+        self._made: OfSizes[_Pooling | None] = OfSizes()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._is_simple or is_plain() or not can_compute(x) or x.ndim != 4 or x.shape[1] % _BLOCK:
+        made = None
+        if not is_plain() and can_compute(x):
+            made = self._made.of(x.shape[1:], (), lambda: self._pooling(x.shape[1:]))
+        if made is None:
             return super().forward(x)  # type: ignore[no-any-return]
+        x, n = channels_last(x), x.shape[0]
+        y = _images(n, made.channels, made.out_rows, made.out_columns)
+        library().pool(
+            ctypes.addressof(made), n, x.data_ptr(), y.data_ptr(), _parallel(), torch.get_num_threads()
+        )
+        return y
+
+    def _pooling(self, shape: Sequence[int]) -> _Pooling | None:
+        """As the library reads it, for images of a shape; None where it does not know such."""
+        if not self._is_simple or len(shape) != 3 or shape[0] % _BLOCK:
+            return None
         kernel, stride, padding = map(_pair, (self.kernel_size, self.stride, self.padding))
-        n, channels, *size = x.shape
+        channels, *size = shape
         height, width = ((size[k] + 2 * padding[k] - kernel[k]) // stride[k] + 1 for k in (0, 1))
         if min(height, width) < 1 or any(2 * padding[k] > kernel[k] for k in (0, 1)):
-            return super().forward(x)  # type: ignore[no-any-return]
-        x = channels_last(x)
-        y = _images(n, channels, height, width)
+            return None
         pairs = ((_Number * 2)(*pair) for pair in (kernel, stride, padding))
-        pooling = _Pooling(x.data_ptr(), y.data_ptr(), *size, channels, height, width, *pairs)
-        library().pool(ctypes.addressof(pooling), n, _parallel(), torch.get_num_threads())
+        return _Pooling(*size, channels, height, width, *pairs)
+
+
+class PooledConvolution(OneStep):
+    """A convolution for inference and the maximum pooling after it, a few images at a time.
+
+    So what is between them has little memory, which is used again.
+
+    Args:
+        layer: the convolution.
+        pool: the pooling.
+
+    Example:
+        >>> layer, pool = nn.Conv2d(3, 16, 3), nn.MaxPool2d(2)
+        >>> x = torch.randn(3, 3, 200, 200)
+        >>> with torch.no_grad():
+        ...     y = PooledConvolution(PackedConvolution(layer), pool)(x)
+        ...     torch.allclose(y, pool(layer(x)), atol=1e-5)
+        True
+    """
+
+    def __init__(self, layer: PackedConvolution, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.layer, self.pool = layer, MaxPool(pool)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        if n == 1 or x.ndim != 4 or is_plain() or not can_compute(x):
+            return self.pool(self.layer(x))  # type: ignore[no-any-return]
+        height, width = self.layer.size_of((x.shape[2], x.shape[3]))
+        parts = -(-n * len(self.layer.bias) * height * width // _REUSED)
+        together = -(-n // max(1, parts))  # About as many in each, since weights are packed for a number.
+        if together >= n:
+            return self.pool(self.layer(x))  # type: ignore[no-any-return]
+        y: Tensor | None = None
+        for first in range(0, n, together):
+            pooled = self.pool(self.layer(x[first : first + together]))
+            y = _images(n, *pooled.shape[1:]) if y is None else y
+            y[first : first + together] = pooled
+        assert y is not None
         return y
 
 
@@ -617,6 +682,9 @@ _MOST_SPARE = 16
 
 _CACHED = 2**20
 """Floats that stay in a cache while a few images are computed."""
+
+_REUSED = 2**22
+"""Floats in so little memory that the C library keeps it when it is freed, and does not ask for it anew."""
 
 _BEYOND = 4096
 """Floats that may be read beyond the end, by segments that are longer than a row."""

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def expected(
     x: Tensor,
     layers: list[PackedConvolution],
     gates: list[Gating | None],
-    positive: list[Tensor],
+    positive: Sequence[Tensor],
     other: Tensor,
     relu: bool,
 ) -> Tensor:
@@ -120,10 +121,9 @@ def test_open_channels_are_computed_as_pytorch_does(
             gatings = [each for each in gates if each is not None]
             positive = [share - torch.rand(n, len(each.last_bias)) for each in gatings]
             other = channels_last(shortcut(x))
-            y, logits = native.compute([block], x, None if block.has_shortcut else other, positive)
-            decided, _ = native.compute(
-                [block], x, None if block.has_shortcut else other, [None] * len(gatings)
-            )
+            joined, added = native.Chain([block]), None if block.has_shortcut else other
+            y, logits = joined.compute(x, added, positive)
+            decided, _ = joined.compute(x, added, [None] * len(gatings))
     finally:
         torch.set_num_threads(before)
     for each, found in zip(gatings, logits, strict=True):
@@ -153,6 +153,21 @@ def test_pooling_is_that_of_pytorch(
     assert torch.allclose(native.MaxPool(layer)(x), layer(x), rtol=0, atol=0, equal_nan=True)
 
 
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 7), together=st.integers(1, 4), channels=st.sampled_from([16, 20]))
+def test_a_convolution_and_its_pooling_give_the_same_a_few_images_at_a_time(
+    n: int, together: int, channels: int
+) -> None:
+    torch.manual_seed(n)
+    layer, pool, x = nn.Conv2d(3, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1), torch.randn(n, 3, 12, 12)
+    pooled = native.PooledConvolution(PackedConvolution(layer, None, relu=True), pool)
+    with torch.no_grad(), patch.object(native, "_REUSED", together * channels * 12 * 12):
+        found = pooled(x), pooled(x)
+        right = pool(layer(x).relu())
+    for y in found:
+        torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_closed_is_not_read() -> None:
     """Weights of closed channels that are no numbers change nothing."""
     layers = [PackedConvolution(nn.Conv2d(64, 64, 3, padding=1), relu=relu) for relu in (True, False)]
@@ -161,7 +176,18 @@ def test_what_is_closed_is_not_read() -> None:
     layers[1].weight.view(64, 4, 16, 3, 3)[:, 1::2] = float("nan")
     block = Block.of(layers, [gating(64, (16,) * 4)], None, True, (8, 8)) if IS_THERE else None
     if block is not None:
-        y, _ = native.compute([block], channels_last(torch.randn(2, 64, 8, 8)), None, [positive])
+        y, _ = native.Chain([block]).compute(channels_last(torch.randn(2, 64, 8, 8)), None, [positive])
+        assert bool(y.isfinite().all())
+
+
+def test_what_is_left_in_memory_changes_nothing() -> None:
+    """The last block of 20 channels has room for 12 more."""
+    layers = [PackedConvolution(nn.Conv2d(*channels, 1)) for channels in ((16, 20), (20, 16))]
+    block = Block.of(layers, [None], None, True, (8, 8)) if IS_THERE else None
+    if block is not None:
+        x, memory = channels_last(torch.randn(1, 16, 8, 8)), torch.full((2**16,), float("nan"))
+        with patch.object(native, "_spare", [memory]):
+            y, _ = native.Chain([block]).compute(x, None, [])
         assert bool(y.isfinite().all())
 
 
@@ -171,7 +197,7 @@ def test_what_is_no_number_stays_none() -> None:
     if block is not None:
         x = channels_last(torch.randn(1, 16, 8, 8))
         x[0, 3, 2, 5] = float("nan")
-        y, _ = native.compute([block], x, None, [])
+        y, _ = native.Chain([block]).compute(x, None, [])
         assert bool(y[0, :, 2, 5].isnan().all()) and int(y.isnan().sum()) == 16
 
 
