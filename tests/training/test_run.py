@@ -115,6 +115,17 @@ def test_what_the_last_epoch_saw_is_the_network_that_is_kept(undisturbed: Path, 
     assert recalibrated["history"] == result["history"] and recalibrated["loss"] != result["loss"]
 
 
+def test_channels_in_the_last_dimension_differ_by_rounding_alone(tmp_path: Path) -> None:
+    short = {"train_images": 96, "batch_size": 32, "epochs": 2, "precision": "64", "logger": "none"}
+    plain, last = (
+        train(RunConfig(width=8, channels_last=last, **short), tmp_path / str(last)) for last in (False, True)
+    )
+    assert last["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert last["gates"] == plain["gates"]
+    with pytest.raises(ValueError, match="channels_last needs other than 4 channels in .*downsample"):
+        train(RunConfig(width=4, channels_last=True), tmp_path / "refused")
+
+
 def test_a_result_says_its_kind_and_its_reference(undisturbed: Path, tmp_path: Path) -> None:
     result = read_result(undisturbed)
     assert result["kind"] == "channel gating"
