@@ -335,8 +335,8 @@ def test_what_an_error_quotes_is_cut_to_a_line() -> None:
     [
         (["train", "--epochs", "many"], "pydantic_core._pydantic_core.ValidationError", "__init__"),
         (["train", "--config", "bad.yaml"], "UnicodeDecodeError", "_text"),
-        (["train", "--resume", "missing"], "batchshaping.training.run.RunError", "resume"),
-        (["evaluate", "missing"], "batchshaping.training.run.RunError", "evaluate_run"),
+        (["train", "--resume", "missing"], "batchshaping.training.folder.RunError", "resume"),
+        (["evaluate", "missing"], "batchshaping.training.folder.RunError", "evaluate_run"),
         (["report", "bad.yaml"], "UnicodeDecodeError", "read_result"),
         (["fit", "--prior", "beta", "--a", "-1", "--b", "6"], "ValueError", "_prior"),
         (["fit", *BETA, "--values", "bad.npy"], "ValueError", "_read_npy"),
