@@ -122,7 +122,7 @@ def test_channels_in_the_last_dimension_differ_by_rounding_alone(tmp_path: Path)
     )
     assert last["loss"] == pytest.approx(plain["loss"], rel=1e-6)
     assert last["gates"] == plain["gates"]
-    with pytest.raises(ValueError, match="channels_last needs other than 4 channels in .*downsample"):
+    with pytest.raises(ValueError, match=r"channels_last needs other than 4 channels in .*downsample"):
         train(RunConfig(width=4, channels_last=True), tmp_path / "refused")
 
 
