@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from batchshaping.gates import named_gates
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.inference import conditional_inference
 from batchshaping.storage.files import replaced
 from batchshaping.training.config import RunConfig, recorded_config
+from batchshaping.training.folder import read_run_config
 from batchshaping.training.latency import seconds_of_images
 from batchshaping.training.run import load_run, read_result, resume, train
 from batchshaping.training.threads import using_threads
@@ -116,7 +116,8 @@ def measure_times(names: Iterable[str]) -> None:
     for name in names:
         if (FOLDERS / name / "result.json").exists():
             network, data = load_run(FOLDERS / name)
-            networks[name] = (conditional_inference if named_gates(network) else dense_inference)(network)
+            gated = read_run_config(FOLDERS / name).network.gated
+            networks[name] = (conditional_inference if gated else dense_inference)(network)
             images = data.normalize(data.test.__getitems__([*range(0, len(data.test), 100)])[0])
     with using_threads(1):
         seconds = seconds_of_images(networks, images)
