@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchshaping.training.data import Data, batches
+from batchshaping.training.data import Data, batches, shift_and_flip
 
 __all__ = ["recalibrate"]
 
@@ -15,19 +15,20 @@ _IMAGES = 32_768
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, data: Data, batch: int, workers: int = 0) -> None:
-    """Replace the statistics of all batch normalization by those of training images, as evaluation sees them.
+def recalibrate(network: nn.Module, data: Data, batch: int, augment: bool = False, workers: int = 0) -> None:
+    """Replace the statistics of all batch normalization by those of training images with noiseless gates.
 
-    During training, gates are noisy and the images are shifted, and what a layer keeps is a mean over the
-    last steps. Here gates decide without noise, as in evaluation, and each batch counts the same: the
-    statistics are the mean over batches of their means and of their unbiased variances, as
-    ``torch.optim.swa_utils.update_bn`` takes them. Layers that keep no statistics stay as they are.
+    During training gates may be noisy, and what a layer keeps is a mean over the last steps. Here gates
+    decide without noise, as in evaluation, and each batch counts the same: the statistics are the mean over
+    batches of their means and of their unbiased variances, as ``torch.optim.swa_utils.update_bn`` takes
+    them. Layers that keep no statistics stay as they are.
 
     Args:
         network: the network. It is in evaluation mode afterwards.
         data: the data set, of whose training images up to 32,768 are taken in an order that is always the
             same.
         batch: number of images in a batch; the last ones that do not make a whole batch are left out.
+        augment: whether images are shifted and flipped as in training, whose distribution the weights fit.
         workers: number of processes that load images.
 
     Example:
@@ -51,7 +52,10 @@ def recalibrate(network: nn.Module, data: Data, batch: int, workers: int = 0) ->
             layer.momentum = None  # the mean over all batches
             layer.train()
         for images, _ in batches(data.train, batch, sampler=order, drop_last=True, num_workers=workers):
-            network(data.normalize(images.to(first.device)).to(first.dtype))
+            images = images.to(first.device)
+            if augment and (data.padding or data.flip):
+                images = shift_and_flip(images, data.padding, data.flip)
+            network(data.normalize(images).to(first.dtype))
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

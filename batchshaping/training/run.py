@@ -372,8 +372,9 @@ class _Training:
         dtype = torch.float64 if config.machine.precision == "64" else torch.float32
         network = self.module.network.to(device, dtype).to(memory_format=torch.contiguous_format)
         if config.optimization.recalibrate and self.module.cost.widths:
-            torch.manual_seed(config.optimization.seed)  # where a folder of images crops them at random
-            recalibrate(network, data, config.batch_of_a_device, config.data.workers)
+            torch.manual_seed(config.optimization.seed)  # for the augmentation
+            settings = config.data
+            recalibrate(network, data, config.batch_of_a_device, settings.augment, settings.workers)
         metrics = evaluate(
             network, data, workers=config.data.workers, device=device, threads=config.machine.threads
         )

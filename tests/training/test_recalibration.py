@@ -67,6 +67,19 @@ def test_gates_decide_without_noise_and_nothing_else_changes() -> None:
     torch.testing.assert_close(variance, scale**2, atol=1e-3, rtol=1e-3)
 
 
+def test_images_are_augmented_as_in_training() -> None:
+    # Digits are shifted: of a column at the border another mean is kept, and without a shift its own.
+    def kept(augment: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+        recalibrate(network, DATA, batch=96, augment=augment)
+        return statistics_of(network)["1.running_mean"]
+
+    images = DATA.normalize(DATA.train.__getitems__([*range(96)])[0]).flatten(1)
+    torch.testing.assert_close(kept(augment=False), images.mean(dim=0))
+    assert (kept(augment=True) - images.mean(dim=0)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(1, track_running_stats=False), nn.Identity()])
 def test_layers_without_statistics_stay_as_they_are(layer: nn.Module) -> None:
     network = nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 10)).train()
