@@ -575,10 +575,7 @@ class ConditionalBlock(OneStep):
         other = None
         if not block.has_shortcut:
             other = x if self.downsample is None else channels_last(self.downsample(x))
-        forced = [gate.forced_for(x.shape[0]) for gate in self.folded_gates]
-        y, logits = native.Chain([block]).compute(x, other, forced)
-        for gate, values, decided in zip(self.folded_gates, logits, forced, strict=True):
-            gate.keep_run(values, decided)
+        y = _computed(native.Chain([block]), self.folded_gates, x, other)
         return y if self._relu else self.activation(y)
 
     def joined(self, modules: nn.Sequential) -> nn.Sequential:
@@ -778,6 +775,15 @@ class ConditionalBlock(OneStep):
         return y.relu_() if self._relu else y
 
 
+def _computed(chain: native.Chain, gates: Sequence[FoldedGate], x: Tensor, other: Tensor | None) -> Tensor:
+    """The output of blocks in native code, whose gates keep what they decided."""
+    forced = [gate.forced_for(x.shape[0]) for gate in gates]
+    y, logits = chain.compute(x, other, forced)
+    for gate, values, decided in zip(gates, logits, forced, strict=True):
+        gate.keep_run(values, decided)
+    return y
+
+
 class ConditionalBlocks(nn.Sequential):
     """Blocks one after the other, which native code computes in one call.
 
@@ -797,11 +803,7 @@ class ConditionalBlocks(nn.Sequential):
         if found is None:
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         chain, gates = found
-        forced = [gate.forced_for(x.shape[0]) for gate in gates]
-        y, logits = chain.compute(channels_last(x), None, forced)
-        for gate, values, decided in zip(gates, logits, forced, strict=True):
-            gate.keep_run(values, decided)
-        return y
+        return _computed(chain, gates, channels_last(x), None)
 
     def _make_chain(self, shape: tuple[int, ...]) -> tuple[native.Chain, list[FoldedGate]] | None:
         """The blocks as one call for images of a shape, with their gates; None where that cannot be."""

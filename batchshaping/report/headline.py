@@ -36,7 +36,7 @@ def _beside_teacher(runs: Sequence[Run]) -> str | None:
     gain, latency = 100 * (runs[0].accuracy - runs[0].teacher), runs[0].latency
     points = f"{number(abs(gain), '.1f')} points"
     accurate = f"{points} more accurate than" if gain > 0 else f"Within {points} of the accuracy of"
-    times = latency.dense / latency.median
+    times = latency.times_faster
     ratio, word = (times, "fast") if times >= 1 else (1 / times, "slow")
     return f"{accurate} its teacher, and {number(ratio, '.1f')} times as {word}"
 

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchshaping.storage.files import quoted, replaced
 
@@ -31,6 +31,7 @@ __all__ = [
     "read_weights",
     "write_checkpoint",
     "write_tensors",
+    "write_weights",
 ]
 
 _TENSOR, _PAIRS = "$tensor", "$pairs"
@@ -62,6 +63,15 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, text: str = "") -> 
     metadata = {_CHECKSUM: f"{checksum(tensors, text)} {text}"}
     with replaced(path) as partial:
         partial.write_bytes(save(dict(tensors), metadata=metadata))
+
+
+def write_weights(network: nn.Module, path: Path, text: str = "") -> None:
+    """Write all tensors of a network, and a text, as :func:`write_tensors` does.
+
+    Raises:
+        OSError: if the file cannot be written; an earlier one is then as it was.
+    """
+    write_tensors({name: value.contiguous() for name, value in network.state_dict().items()}, path, text)
 
 
 def read_tensors(path: Path, earlier: str | None = None) -> tuple[dict[str, Tensor], str]:

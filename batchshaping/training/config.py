@@ -203,6 +203,15 @@ class RunConfig(BaseModel):
             if (include is None or name in include) and name not in exclude
         }
 
+    def differing(self, began_with: Mapping[str, Any]) -> list[str]:
+        """Names of the settings in which a run that began with others differs, but for :data:`MAY_CHANGE`.
+
+        Args:
+            began_with: its settings, as JSON has them. One that it does not have did not exist then.
+        """
+        settings = self.model_dump(mode="json")
+        return [n for n, v in settings.items() if n not in MAY_CHANGE and began_with.get(n, v) != v]
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> RunConfig:
         """The same configuration with other values for some settings, which are checked."""
         update = dict(update or {})

@@ -159,7 +159,7 @@ def evaluate(
     predicted, spent = [], []
     with using_threads(threads or suitable_threads(network, cost.dense * batch, device)):
         for images, labels in batches(data.test, batch, num_workers=workers):
-            logits = network(data.normalize(images.to(device)).to(dtype))
+            logits = network(data.normalize(images, like=zeros))
             classes, multiply_adds = evaluation.update(network, logits, labels.to(device))
             predicted.append(classes.cpu())
             spent.append(multiply_adds.double().cpu())

@@ -27,10 +27,11 @@ import torch
 
 from batchshaping.gates.export import export_onnx
 from batchshaping.gates.inference import conditional_inference
+from batchshaping.report.latency import read_latency as latency_of
 from batchshaping.report.page import report_html
 from batchshaping.storage.files import replaced
 from batchshaping.training.budgets import measure_budgets, read_budgets
-from batchshaping.training.config import MAY_CHANGE, RunConfig
+from batchshaping.training.config import RunConfig
 from batchshaping.training.folder import CONFIG, RunError, read_result, read_run_config
 from batchshaping.training.latency import measure_run, read_latency
 from batchshaping.training.run import load_run, resume, train
@@ -71,11 +72,9 @@ class Faster:
     @property
     def times_faster(self) -> float:
         """Median time of an image without gates, over that with gates."""
-        dense, conditional = (
-            torch.tensor(self.latency["seconds"][name], dtype=torch.double).median()
-            for name in ("dense", "conditional")
-        )
-        return (dense / conditional).item()
+        shown = latency_of({"latency": self.latency})
+        assert shown is not None
+        return shown.times_faster
 
 
 def faster_config(original: Path, budget: float, **settings: Any) -> RunConfig:
@@ -162,10 +161,10 @@ def _trained(config: RunConfig, output: Path, progress: bool) -> dict[str, Any]:
     """Train, or go on with the training, if it is the one that is asked for."""
     if not os.path.lexists(output / CONFIG):
         return train(config, output, progress=progress)
-    there, asked = (c.model_dump(mode="json") for c in (read_run_config(output), config))
-    found = {*MAY_CHANGE, "start_sha256", "teacher_sha256"}
-    differing = [name for name in asked if name not in found and there[name] != asked[name]]
-    if differing or there["start"] != asked["start"]:
+    there = read_run_config(output).model_dump(mode="json")
+    # A run finds its checksums when it begins. It may go on with a start elsewhere; here it would be another.
+    differing = [name for name in config.differing(there) if name not in ("start_sha256", "teacher_sha256")]
+    if differing or there["start"] != config.start:
         changed = ", ".join(f"{name} {json.dumps(there[name])}" for name in differing or ["start"])
         raise RunError(f"{output}: holds another run, with {changed}; choose another folder")
     return resume(output, progress=progress)

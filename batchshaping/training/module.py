@@ -17,7 +17,7 @@ from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.gate import Gate, gate_decisions, gate_probabilities, straight_through_decisions
 from batchshaping.gates.summary import l0_penalty
 from batchshaping.training.config import RunConfig
-from batchshaping.training.data import Batch, Data, Images, batches, shift_and_flip
+from batchshaping.training.data import Batch, Data, Images, batches
 from batchshaping.training.evaluation import Evaluation
 from batchshaping.training.objective import Objective
 from batchshaping.training.schedules import Cosine, Schedule, Steps
@@ -288,8 +288,8 @@ class DataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, ...]:
         images, *rest = batch
         trainer = _trainer(self)
-        if trainer.training and self.settings.augment and (self.data.padding or self.data.flip):
-            images = shift_and_flip(images, self.data.padding, self.data.flip)
+        if trainer.training and self.settings.augment:
+            images = self.data.augment(images)
         normalized = self.data.normalize(images).to(trainer.lightning_module.dtype)
         return normalized.contiguous(memory_format=self.memory_format), *rest
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchshaping.training.data import Data, batches, shift_and_flip
+from batchshaping.training.data import Data, batches
 
 __all__ = ["recalibrate"]
 
@@ -53,9 +53,7 @@ def recalibrate(network: nn.Module, data: Data, batch: int, augment: bool = Fals
             layer.train()
         for images, _ in batches(data.train, batch, sampler=order, drop_last=True, num_workers=workers):
             images = images.to(first.device)
-            if augment and (data.padding or data.flip):
-                images = shift_and_flip(images, data.padding, data.flip)
-            network(data.normalize(images).to(first.dtype))
+            network(data.normalize(data.augment(images) if augment else images, like=first))
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

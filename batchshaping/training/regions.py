@@ -40,7 +40,7 @@ def findings_on_regions(
 
     def probabilities(images: Images, indices: range | list[int]) -> Iterator[Tensor]:
         for some, _ in batches(images, batch, sampler=indices):
-            msvit(data.normalize(some.to(example.device)).to(example.dtype))
+            msvit(data.normalize(some, like=example))
             yield msvit.gate.probabilities.double().cpu()
 
     masks = {}

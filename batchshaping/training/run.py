@@ -39,8 +39,8 @@ from torch import nn
 import batchshaping
 from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.storage.files import created, only_writer
-from batchshaping.training.checkpoints import read_checkpoint, write_tensors
-from batchshaping.training.config import MAY_CHANGE, RunConfig, write_config
+from batchshaping.training.checkpoints import read_checkpoint, write_weights
+from batchshaping.training.config import RunConfig, write_config
 from batchshaping.training.data import Data, DataError, load_data
 from batchshaping.training.evaluation import evaluate
 from batchshaping.training.folder import (
@@ -193,9 +193,7 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
 
 
 def _refuse_changes(config: RunConfig, began_with: dict[str, Any], output: Path) -> None:
-    settings = config.model_dump(mode="json")
-    # A setting that the run did not begin with is one that did not exist then.
-    changed = [n for n, v in settings.items() if n not in MAY_CHANGE and began_with.get(n, v) != v]
+    changed = config.differing(began_with)
     if changed:
         raise RunError(
             f"{output / CONFIG}: {', '.join(changed)} must be what the run began with, received others"
@@ -346,8 +344,7 @@ class _Training:
             return {}
         result = self._result(threads, started)
         with _written_to(self.output):
-            weights = {name: value.contiguous() for name, value in self.module.network.state_dict().items()}
-            write_tensors(weights, self.output / MODEL)
+            write_weights(self.module.network, self.output / MODEL)
             write_result(result, self.output)
         return result
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchshaping.training.checkpoints import checksum, read_tensors, write_tensors
+from batchshaping.training.checkpoints import checksum, read_tensors, write_weights
 from batchshaping.training.config import RunConfig
 from batchshaping.training.data import Data, Images, batches
 from batchshaping.training.folder import read_run_config, trained_network
@@ -83,9 +84,11 @@ class Teacher:
         if source is None:
             return None
         if source == "start":
+            if start is None or not config.network.gated:
+                return None
             section = config.network.model_copy(update={"gated": False})
             network = section.build(len(data.classes), data.shape)
-            if start is None or not config.network.gated or not start.fits(network):
+            if not start.fits(network):
                 return None
             start(network)
         else:
@@ -99,7 +102,7 @@ class Teacher:
             )
         return teacher
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Checksum of names, types, shapes and values of its weights."""
         return checksum(self.network.state_dict())
@@ -110,8 +113,7 @@ class Teacher:
         Raises:
             OSError: if the file cannot be written.
         """
-        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
-        write_tensors(weights, path, json.dumps(self._section.model_dump(mode="json")))
+        write_weights(self.network, path, json.dumps(self._section.model_dump(mode="json")))
 
     @classmethod
     def read(cls, path: Path, config: RunConfig, data: Data) -> Teacher:
@@ -175,8 +177,7 @@ class Teacher:
         first = next(self.network.parameters())
         with precision:
             logits = [
-                self.logits(data.normalize(some.to(first.device)).to(first.dtype)).cpu()
-                for some, _ in batches(images, batch)
+                self.logits(data.normalize(some, like=first)).cpu() for some, _ in batches(images, batch)
             ]
         return TaughtImages(images, torch.cat(logits))
 

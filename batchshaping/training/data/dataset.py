@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from batchshaping.training.data.augmentation import shift_and_flip
+
 __all__ = ["Batch", "Data", "DataError", "Images", "ImagesInMemory", "data_in_memory", "fewer"]
 
 Batch = tuple[Tensor, Tensor]
@@ -76,10 +78,21 @@ class Data:
     flip: bool
     validation: Images | None = None
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """Floating-point images, whose channels have mean 0 and standard deviation 1 in training."""
+    def normalize(self, images: Tensor, like: Tensor | None = None) -> Tensor:
+        """Floating-point images, whose channels have mean 0 and standard deviation 1 in training.
+
+        Args:
+            images: the images.
+            like: a tensor whose device and dtype they get, such as a parameter of a network.
+        """
+        if like is not None:
+            return self.normalize(images.to(like.device)).to(like.dtype)
         mean, std = (torch.tensor(v, device=images.device).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return (images / 255 - mean) / std
+
+    def augment(self, images: Tensor) -> Tensor:
+        """Images shifted and flipped at random, as far as that keeps their class."""
+        return shift_and_flip(images, self.padding, self.flip) if self.padding or self.flip else images
 
 
 def data_in_memory(
