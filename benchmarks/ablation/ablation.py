@@ -34,7 +34,7 @@ from batchshaping.training.threads import using_threads
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from guide import table, write_table
+from guide import rounded, table, write_table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -88,15 +88,6 @@ def run(name: str, config: RunConfig, folder: Path) -> str:
     with replaced(folder / f"{name}.json") as partial:
         partial.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
     return f"{name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
-
-
-def rounded(value: Any) -> Any:
-    """With five digits, which is what a figure shows."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def by_arm(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import ablation
-from guide import table, write_table
+from guide import rounded, table, write_table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -106,7 +106,7 @@ def run(name: str, config: RunConfig) -> str:
     result["config"] |= {place: None for place in ("start", "teacher") if result["config"][place] != "start"}
     result["least"] = result["most"] = []
     with replaced(RESULTS / f"{name}.json") as partial:
-        partial.write_text(json.dumps(ablation.rounded(result), separators=(",", ":")) + "\n")
+        partial.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
     return f"{name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
 
 

@@ -34,7 +34,7 @@ from batchshaping.training.threads import using_threads
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from guide import table, write_table
+from guide import rounded, table, write_table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -224,15 +224,6 @@ def correlation(result: dict[str, Any]) -> float:
     """Of the learned means with the share of images that have an object in the region."""
     means, frequency = result["priors"]["mean"], result["regions"]["objects"]["frequency"]
     return float(np.corrcoef(means, frequency)[0, 1])
-
-
-def rounded(value: Any) -> Any:
-    """With five digits, which is what a figure shows."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def by_arm(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from batchshaping.training.config import RunConfig
 from batchshaping.training.run import resume
@@ -20,12 +19,7 @@ FOLDER = ROOT / "benchmarks" / "mixed_scale"
 
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mixed_scale_experiment", FOLDER / "mixed_scale.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mixed_scale_experiment"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "mixed_scale.py")
 
 
 def test_every_arm_has_every_seed_and_is_judged_on_the_test_images(experiment: ModuleType) -> None:
