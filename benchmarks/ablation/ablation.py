@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ ARMS: dict[str, dict[str, Any]] = {
     **{f"bas-{budget}": {**GATED, "budget": budget} for budget in BUDGETS},
 }
 KINDS = {"ungated": "ungated", "l0": "gated, L0 only", "bas": "gated, batch-shaping"}
+TICKS = (0.1, 0.2, 0.3, 0.4, 0.6)
 
 
 def runs(quick: bool) -> Iterator[tuple[str, RunConfig]]:
@@ -150,12 +151,14 @@ def point(results: list[dict[str, Any]]) -> tuple[float, float, float]:
     return macs, statistics.fmean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
 
 
-def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Accuracy against multiply-adds, with the standard deviation over seeds."""
+def draw(
+    arms: dict[str, list[dict[str, Any]]], kinds: dict[str, str] = KINDS, ticks: Sequence[float] = TICKS
+) -> Figure:
+    """Accuracy against multiply-adds, with the standard deviation over seeds, one curve a kind."""
     with house_style():
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for (kind, label), marker in zip(KINDS.items(), "svo", strict=True):
+        for (kind, label), marker in zip(kinds.items(), "svod", strict=False):
             points = sorted(point(results) for arm, results in arms.items() if arm.startswith(f"{kind}-"))
             if not points:
                 continue
@@ -166,7 +169,7 @@ def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
             xlabel="million multiply-adds an image, mean over the test set",
             ylabel="test accuracy, %",
         )
-        axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.3, 0.4, 0.6]))
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(loc="lower right")

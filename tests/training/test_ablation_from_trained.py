@@ -8,7 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from scripts import load_script
+
+from batchshaping import gate_resnet
+from batchshaping.channel_gating.resnets import SmallImageResNet
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "ablation" / "from_trained.py"
@@ -20,41 +24,64 @@ def experiment() -> ModuleType:
 
 
 def test_every_network_has_the_same_teacher_and_as_many_epochs_as_its_rivals(experiment: ModuleType) -> None:
-    runs = dict(experiment.runs())
-    assert len(runs) == 3 * len(experiment.ARMS)
-    for name, config in runs.items():
-        teacher = experiment.taught_by(name)
-        assert (teacher is None) == name.startswith("teacher")
-        before = runs[teacher].epochs if teacher and config.network.gated else 0
-        assert before + config.epochs == (12 if teacher is None else 24)
-        assert teacher is None or runs[teacher].seed == config.seed
-        assert config.train_images is None
+    for series in experiment.SERIES.values():
+        runs = dict(series.runs())
+        assert len(runs) == len(series.seeds) * len(series.arms())
+        for name, config in runs.items():
+            teacher = experiment.taught_by(name)
+            assert (teacher is None) == name.startswith("teacher")
+            before = runs[teacher].epochs if teacher and config.network.gated else 0
+            assert before + config.epochs == (1 if teacher is None else 2) * series.epochs
+            assert teacher is None or runs[teacher].seed == config.seed
+            assert config.train_images is None
 
 
 def test_the_kinds_of_gates_differ_by_one_setting(experiment: ModuleType) -> None:
-    runs = dict(experiment.runs())
-    for budget in experiment.BUDGETS:
+    series = experiment.SERIES["fashion-mnist"]
+    runs = dict(series.runs())
+    for budget in series.budgets:
         shaped = runs[f"bas-{budget}-seed0"].model_dump()
         for kind, setting in {"l0": "shaping", "groups": "gates_per_layer"}.items():
             other = runs[f"{kind}-{budget}-seed0"].model_dump()
             assert {name for name in shaped if shaped[name] != other[name]} == {setting}
 
 
-def test_a_result_counts_wherever_its_teacher_lay(experiment: ModuleType, tmp_path: Path) -> None:
-    runs = dict(experiment.runs())
+def test_the_rivals_are_thinner_and_wider_than_every_budget(experiment: ModuleType) -> None:
+    series = experiment.SERIES["fashion-mnist"]
+    least, most = min(series.widths) / experiment.WIDTH, max(series.widths) / experiment.WIDTH
+    assert least**2 < min(series.budgets)
+    assert max(series.budgets) < most**2
+
+
+def test_a_result_counts_wherever_its_teacher_and_its_data_lay(
+    experiment: ModuleType, tmp_path: Path
+) -> None:
+    runs = dict(experiment.SERIES["cifar10-resnet8"].runs())
     for name in ("bas-0.25-seed0", "ungated-8-seed0"):
         path = tmp_path / f"{name}.json"
         assert not experiment.finished(path, runs[name])
         settings: dict[str, Any] = runs[name].model_dump(mode="json")
         place = {"start": "/there"} if settings["gated"] else {"teacher": "/there"}
-        path.write_text(json.dumps({"config": settings | place | {"teacher_sha256": "0" * 64}}))
+        place |= {"teacher_sha256": "0" * 64, "data_folder": "/data"}
+        path.write_text(json.dumps({"config": settings | place}))
         assert experiment.finished(path, runs[name])
         assert not experiment.finished(path, runs[name].model_copy(update={"epochs": 3}))
 
 
-def test_the_guide_shows_the_kept_results(experiment: ModuleType) -> None:
-    runs = dict(experiment.runs())
-    paths = {name: experiment.RESULTS / f"{name}.json" for name in runs}
-    kept = {n: json.loads(p.read_text()) for n, p in paths.items() if experiment.finished(p, runs[n])}
+def test_every_way_to_compute_a_network_gives_the_same(experiment: ModuleType) -> None:
+    network = SmallImageResNet(8, in_channels=1, width=4, stem_stride=2).eval()
+    images = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        expected = network(images)
+        for way in experiment._ways(network, images).values():
+            torch.testing.assert_close(way(images), expected, rtol=1e-4, atol=1e-5)
+        gated = gate_resnet(network).eval()
+        (way,) = experiment._ways(gated, images).values()
+        torch.testing.assert_close(way(images), gated(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("series", ["fashion-mnist", "cifar10-resnet8"])
+def test_the_guide_shows_the_kept_results(experiment: ModuleType, series: str) -> None:
+    kept = experiment.results_of(series)
     assert kept
     assert experiment.summarize(kept) in (ROOT / "docs" / "channel_gating.md").read_text()
