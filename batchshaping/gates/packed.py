@@ -432,8 +432,8 @@ class PackedLinear(_Packed):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = math.prod(x.shape[:-1])
-        if rows in self.ROWS and not is_plain() and by_mkl(x, self.weight):
+        # While a program is exported, the number of rows may be any.
+        if not is_plain() and by_mkl(x, self.weight) and (rows := math.prod(x.shape[:-1])) in self.ROWS:
             packed = self.packed
             if packed is not None:
                 return _linear(x, packed, self.weight, self.bias, rows)  # type: ignore[misc]
