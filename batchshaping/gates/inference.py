@@ -210,7 +210,8 @@ def fold_and_pack(
     """Replace modules of a model, in place, and convolutions and linear layers by packed ones.
 
     The batch normalization, the ReLU and the pooling that follow a convolution are computed with it where
-    that is certain. The linear layers of gates stay as they are.
+    that is certain. The linear layers of gates stay as they are. Dropout is left out: a ViT has a call of it for
+    every layer.
 
     Args:
         model: a module in evaluation.
@@ -237,6 +238,8 @@ def fold_and_pack(
     for module in model.modules():
         if isinstance(module, nn.Linear) and is_plain_linear(module) and module not in of_gates:
             packed[module] = PackedLinear(module)
+        elif type(module) is nn.Dropout and not (module._forward_hooks or module._forward_pre_hooks):
+            packed[module] = nn.Identity()
     return _replaced(model, packed)
 
 

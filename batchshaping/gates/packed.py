@@ -432,12 +432,13 @@ class PackedLinear(_Packed):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
         # While a program is exported, the number of rows may be any.
-        if not is_plain() and by_mkl(x, self.weight) and (rows := math.prod(x.shape[:-1])) in self.ROWS:
+        if not is_plain() and by_mkl(x, weight) and (rows := math.prod(x.shape[:-1])) in self.ROWS:
             packed = self.packed
             if packed is not None:
-                return _linear(x, packed, self.weight, self.bias, rows)  # type: ignore[misc]
-        return F.linear(x, self.weight, self.bias)
+                return _linear(x, packed, weight, bias, rows)  # type: ignore[misc]
+        return F.linear(x, weight, bias)
 
     @property
     def packed(self) -> Tensor | None:

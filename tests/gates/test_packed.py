@@ -208,10 +208,11 @@ def test_linear_layers_are_packed_where_they_are_called_as_such() -> None:
     hooked.register_forward_pre_hook(hook)
     normalized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     twice = nn.Linear(4, 4)
-    model = nn.Sequential(twice, hooked, normalized, bs.ChannelGate(4, 4), twice).eval()
+    model = nn.Sequential(twice, hooked, normalized, bs.ChannelGate(4, 4), twice, nn.Dropout()).eval()
     before = {type(layer) for layer in model[3].modules()}
     made: Any = fold_and_pack(copy.deepcopy(model).requires_grad_(False))
     assert isinstance(made[0], PackedLinear) and made[4] is made[0]
-    assert type(made[1]) is nn.Linear and not isinstance(made[2], PackedLinear)
+    assert type(made[1]) is nn.Linear and type(made[5]) is nn.Identity
+    assert not isinstance(made[2], PackedLinear)
     assert {type(layer) for layer in made[3].modules()} == before
     assert made.state_dict().keys() == model.state_dict().keys()
