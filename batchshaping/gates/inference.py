@@ -210,8 +210,8 @@ def fold_and_pack(
     """Replace modules of a model, in place, and convolutions and linear layers by packed ones.
 
     The batch normalization, the ReLU and the pooling that follow a convolution are computed with it where
-    that is certain. The linear layers of gates stay as they are. Dropout is left out: a ViT has a call of it for
-    every layer.
+    that is certain. The linear layers of gates stay as they are. Dropout, which does nothing in evaluation,
+    is left out: a ViT has several in each block.
 
     Args:
         model: a module in evaluation.
