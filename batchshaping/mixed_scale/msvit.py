@@ -216,7 +216,8 @@ class PackedMSViT(MSViT):
     """An MSViT for inference, which computes only the tokens that are on.
 
     Its outputs are those of the MSViT up to rounding, and where all regions are fine those of the ViT, to the
-    bit (up to rounding in a copy with packed weights, as ``conditional_inference`` makes it). Multiply-adds are counted as those of the MSViT.
+    bit; in a copy by ``conditional_inference``, which has packed weights, these too up to rounding.
+    Multiply-adds are counted as those of the MSViT.
 
     Args:
         msvit: the MSViT, with which it shares the ViT and the gate.
