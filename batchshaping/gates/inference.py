@@ -3,6 +3,7 @@
 The modules of the network that switch parts of themselves know what takes their place (:class:`Conditional`).
 Here they are found, wherever they are, and replaced. So nothing here knows what kinds of networks there are.
 All other convolutions get the batch normalization and the ReLU after them folded in, and packed weights.
+Linear layers get packed weights too, but for those of gates, which are small.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from batchshaping.gates import native
 from batchshaping.gates.gate import Gate, follow_gates
 from batchshaping.gates.packed import (
     PackedConvolution,
+    PackedLinear,
     by_onednn,
     can_be_folded,
     can_be_packed,
     is_plain,
+    is_plain_linear,
     only_plain,
 )
 
@@ -67,9 +70,9 @@ def conditional_inference(model: _Network, example: Tensor | None = None) -> _Ne
     The copy gives what the network gives in evaluation, up to rounding. Its gates are named as those of the
     network and compute the same, so that :func:`~batchshaping.gates.forced.gates_forced`,
     :func:`~batchshaping.gates.gate.gate_decisions` and :func:`~batchshaping.gates.cost.count_macs` work
-    on it. Batch normalization
-    is folded into the convolutions, whose weights are packed for the CPU's kernels when images of a new size
-    come. It is a module that can be saved, copied, moved and used by several threads; it cannot be trained.
+    on it. Batch normalization is folded into the convolutions, whose weights are packed for the CPU's kernels
+    when images of a new size come; weights of linear layers are packed once, at the first call. It is a
+    module that can be saved, copied, moved and used by several threads; it cannot be trained.
 
     Gates for groups of channels save most, see ``gates_per_layer`` of
     :func:`~batchshaping.channel_gating.blocks.gate_resnet`. A
@@ -204,14 +207,15 @@ def fold_and_pack(
     model: nn.Module,
     others: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
 ) -> nn.Module:
-    """Replace modules of a model, in place, and all convolutions elsewhere by packed ones.
+    """Replace modules of a model, in place, and convolutions and linear layers by packed ones.
 
     The batch normalization, the ReLU and the pooling that follow a convolution are computed with it where
-    that is certain.
+    that is certain. The linear layers of gates stay as they are. Dropout, which does nothing in evaluation,
+    is left out: a ViT has several in each block.
 
     Args:
         model: a module in evaluation.
-        others: modules in it, each with the module that takes its place; convolutions within those stay.
+        others: modules in it, each with the module that takes its place. Convolutions within those stay.
 
     Returns:
         The model, or what takes its place.
@@ -230,6 +234,12 @@ def fold_and_pack(
             and not {module} & (within | packed.keys())
         ):
             packed[module] = PackedConvolution(module)
+    of_gates = {layer for gate in model.modules() if isinstance(gate, Gate) for layer in gate.modules()}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_plain_linear(module) and module not in of_gates:
+            packed[module] = PackedLinear(module)
+        elif type(module) is nn.Dropout and not (module._forward_hooks or module._forward_pre_hooks):
+            packed[module] = nn.Identity()
     return _replaced(model, packed)
 
 

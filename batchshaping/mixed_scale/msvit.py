@@ -216,7 +216,8 @@ class PackedMSViT(MSViT):
     """An MSViT for inference, which computes only the tokens that are on.
 
     Its outputs are those of the MSViT up to rounding, and where all regions are fine those of the ViT, to the
-    bit. Multiply-adds are counted as those of the MSViT.
+    bit; in a copy by ``conditional_inference``, which has packed weights, these too up to rounding.
+    Multiply-adds are counted as those of the MSViT.
 
     Args:
         msvit: the MSViT, with which it shares the ViT and the gate.
@@ -277,11 +278,15 @@ class PackedMSViT(MSViT):
             return _Features(fine[:, : sizes[0]], lambda: fine[:, sizes[0] :], cut)
         sequences = Sequences.of(on)
         places = sequences.place.split(sizes, dim=1)
-        parts = tokenizer.tokens_that_are_on(images, whole_regions, cut, on)
-        tokens = parts[0].new_empty(sequences.total, parts[0].shape[1])
-        for part, place, is_on in zip(parts, places, on_by_scale, strict=True):
-            tokens[place[is_on]] = part.to(tokens.dtype)
+        tokens = tokenizer.tokens_that_are_on(images, whole_regions, cut, on)
+        if len(images) > 1:  # Those of one image are in order.
+            of_scales = zip(places, on_by_scale, strict=True)
+            order = torch.cat([place[is_on] for place, is_on in of_scales])
+            tokens = torch.empty_like(tokens).index_copy_(0, order, tokens)
         tokens = vit.after_blocks(PACKINGS[self.packing](vit.before_blocks(tokens), sequences, vit.blocks))
-        region = cut.region_of_patch(on.device)
-        token_of_patch = torch.where(on_by_scale[1], places[1], places[2][:, region])
-        return _Features(tokens[places[0]], lambda: tokens[token_of_patch], cut)
+
+        def patches() -> Tensor:
+            region = cut.region_of_patch(on.device)
+            return tokens[torch.where(on_by_scale[1], places[1], places[2][:, region])]
+
+        return _Features(tokens[places[0]], patches, cut)

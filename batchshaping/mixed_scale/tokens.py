@@ -61,8 +61,10 @@ class Cut(NamedTuple):
 
     def region_of_patch(self, device: torch.device | str | None = None) -> Tensor:
         """The region that each patch is in, in the order of rows, of shape (patches,)."""
-        down, across = (torch.arange(n, device=device) // self.side for n in (self.rows, self.columns))
-        return (down[:, None] * self.grid_of_regions[1] + across).flatten()
+        rows, columns = self.grid_of_regions
+        region = torch.arange(self.regions, device=device).reshape(rows, 1, columns, 1)
+        grid = region.expand(-1, self.side, -1, self.side).reshape(rows * self.side, columns * self.side)
+        return grid[: self.rows, : self.columns].flatten()
 
     def patches_of_region(self, device: torch.device | str | None = None) -> Tensor:
         """How many patches each region has, of shape (regions,)."""
@@ -154,15 +156,15 @@ class Tokenizer:
 
     def reduced(self, whole_regions: Tensor) -> Tensor:
         """The images in which a region has the size of a patch."""
-        return F.avg_pool2d(whole_regions, self.side)
+        return _sums_of_squares(whole_regions, self.side) / self.side**2
 
     def positions(self, cut: Cut) -> tuple[Tensor, Tensor]:
         """The position embeddings of the patches, (patches, width), and of the regions, (regions, width)."""
         fine = self.vit.positions((cut.rows, cut.columns))
-        grid = fine.T.unflatten(1, (cut.rows, cut.columns))
-        # Half precision has no such pool on some devices.
-        mean = F.avg_pool2d(grid.float() if fine.element_size() < 4 else grid, self.side, ceil_mode=True)
-        return fine, mean.flatten(1).T.to(fine.dtype)
+        down, across = (n * self.side for n in cut.grid_of_regions)
+        grid = _padded(fine.T.unflatten(1, (cut.rows, cut.columns))[None], down, across, "constant")
+        sums = _sums_of_squares(grid, self.side)[0].flatten(1).T
+        return fine, sums / cut.patches_of_region(fine.device)[:, None]
 
     def all_tokens(self, images: Tensor, whole_regions: Tensor, cut: Cut) -> Tensor:
         """The tokens of both scales: the prefix, all patches, all regions as one token each.
@@ -186,10 +188,8 @@ class Tokenizer:
         prefix = self.vit.prefix().expand(len(images), -1, -1)
         return with_prefix(prefix, self.vit.embed(images) + self.vit.positions((cut.rows, cut.columns)))
 
-    def tokens_that_are_on(
-        self, images: Tensor, whole_regions: Tensor, cut: Cut, on: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The tokens that are on, and no others: of the prefix, of patches and of regions.
+    def tokens_that_are_on(self, images: Tensor, whole_regions: Tensor, cut: Cut, on: Tensor) -> Tensor:
+        """The tokens that are on, and no others: those of the prefix, then of patches, then of regions.
 
         Args:
             images: as many pixels as their patches have.
@@ -198,17 +198,18 @@ class Tokenizer:
             on: which tokens are on, booleans of shape (N, prefix + patches + regions).
 
         Returns:
-            Tokens of shape (how many are on, width) for each of the three, in the order of examples.
+            Tokens of shape (how many are on, width), those of each of the three in the order of examples.
         """
         prefix = self.vit.prefix()
         _, fine, coarse = on.split([len(prefix), cut.patches, cut.regions], dim=1)
-        embedded = [prefix.repeat(len(images), 1)]
+        chosen, positions = [], []
         pictures = (images, self.reduced(whole_regions))
-        for picture, is_on, positions in zip(pictures, (fine, coarse), self.positions(cut), strict=True):
+        for picture, is_on, at in zip(pictures, (fine, coarse), self.positions(cut), strict=True):
             patches = patches_of(picture, self.patch)
-            chosen = patches[is_on.unflatten(1, patches.shape[1:3])]
-            embedded.append(self.vit.embed_patches(chosen) + positions[is_on.nonzero()[:, 1]])
-        return tuple(embedded)
+            chosen.append(patches[is_on.unflatten(1, patches.shape[1:3])])
+            positions.append(at[is_on.nonzero()[:, 1]])
+        embedded = self.vit.embed_patches(torch.cat(chosen)) + torch.cat(positions)
+        return torch.cat([prefix.repeat(len(images), 1), embedded])
 
 
 def patches_of(images: Tensor, size: int) -> Tensor:
@@ -216,6 +217,15 @@ def patches_of(images: Tensor, size: int) -> Tensor:
     n, channels, height, width = images.shape
     squares = images.reshape(n, channels, height // size, size, width // size, size)
     return squares.permute(0, 2, 4, 1, 3, 5)
+
+
+def _sums_of_squares(images: Tensor, side: int) -> Tensor:
+    """The sum over each square of side x side pixels, bit for bit that of a pool, which takes longer."""
+    first, *others = (images[..., i::side, j::side] for i in range(side) for j in range(side))
+    total = first.clone()
+    for pixels in others:
+        total += pixels
+    return total
 
 
 def _padded(images: Tensor, height: int, width: int, mode: str) -> Tensor:
