@@ -21,10 +21,14 @@ demo: $(env) ## Train a small gated network on handwritten digits, with and with
 figures: $(env) ## Repeat the published runs: print their losses, draw them into outputs/
 	$(run) batchshaping.experiments.published outputs
 
+# One thread a worker: torch would otherwise start one a core in each of them.
+pytest := OMP_NUM_THREADS=1 $(run) pytest
+workers := -n logical --maxprocesses 4 --dist worksteal --durations 25
+
 # Two at a time, since each takes one core. The tests come last: their last line says what could not be checked.
-test: ## Run every check
-	@$(MAKE) --no-print-directory --jobs 2 notebooks docs types lint
-	@$(MAKE) --no-print-directory unit
+test: $(env) browser ## Run every check
+	@$(MAKE) --no-print-directory --jobs 2 docs types lint
+	$(pytest) $(workers)
 
 lint: $(env) ## Check style and formatting (ruff)
 	$(run) ruff check
@@ -33,12 +37,11 @@ lint: $(env) ## Check style and formatting (ruff)
 types: $(env) ## Check types (mypy, strict)
 	$(run) mypy
 
-# One thread a worker: torch would otherwise start one a core in each of them.
 unit: $(env) browser ## Run the tests and the examples in the docstrings (pytest)
-	OMP_NUM_THREADS=1 $(run) pytest -n logical --maxprocesses 4 --dist worksteal --durations 25 --ignore tests/test_notebooks.py
+	$(pytest) $(workers) --ignore tests/test_notebooks.py
 
 notebooks: $(env) ## Execute the notebooks (pytest)
-	OMP_NUM_THREADS=1 $(run) pytest tests/test_notebooks.py
+	$(pytest) tests/test_notebooks.py
 
 # The report is tested in Chromium. Where there is none and it cannot be installed, pytest skips these tests.
 browser: ## Install Chromium for the tests of the report, where root can do so with apt-get
