@@ -8,8 +8,8 @@ files, so that it can be interrupted at any time. ``--times`` measures how long 
 networks that were trained here, with one thread, all in turn, and keeps that with their results.
 ``--summary`` trains nothing.
 
-Fashion-MNIST is the series that is trained without an argument. That on CIFAR-10, where width counts for more,
-needs the binary version of the data, in ``--data-folder`` or by ``--download``.
+Fashion-MNIST is the series that is trained without an argument. That on CIFAR-10, where width counts for
+more, needs the binary version of the data, in ``--data-folder`` or by ``--download``.
 """
 
 from __future__ import annotations
