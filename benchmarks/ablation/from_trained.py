@@ -144,7 +144,7 @@ def taught_by(name: str) -> str | None:
     return None if arm == TEACHER else f"{TEACHER}-seed{seed}"
 
 
-# Where things lay and how the data came there is no part of what was trained.
+# Where things lay, how the data came there, and with how many threads is no part of what was trained.
 PLACES = {
     "start": None,
     "start_sha256": None,
@@ -152,6 +152,7 @@ PLACES = {
     "teacher_sha256": None,
     "data_folder": None,
     "download": False,
+    "threads": None,
 }
 
 
