@@ -113,10 +113,11 @@ def test_make_test_ends_with_the_tests_whose_last_line_says_what_was_not_checked
     done = make("--dry-run", "test", path=Path(os.environ["PATH"]))
     assert done.returncode == 0, done.stderr
     steps = [line for line in done.stdout.splitlines() if " -m " in line]
-    checks = ("ruff check", "ruff format", "mypy", "sphinx", "tests/test_notebooks.py", "pytest -n")
+    checks = ("ruff check", "ruff format", "mypy", "sphinx", "pytest -n")
     assert [check for check in checks if not any(check in step for step in steps)] == []
     assert "pytest -n" in steps[-1]
     assert sum("pytest -n" in step for step in steps) == 1
+    assert "--ignore" not in steps[-1], "the notebooks are among the tests"
 
 
 # The notebooks
