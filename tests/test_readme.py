@@ -22,9 +22,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = "\n".join(blocks("sh")).splitlines()
-    return [command for line in lines if (command := line.partition("#")[0].strip())]
+def commands(block: str) -> list[str]:
+    return [command for line in block.splitlines() if (command := line.partition("#")[0].strip())]
 
 
 def run_code() -> dict[str, Any]:
@@ -88,9 +87,7 @@ def test_the_figures_in_its_table_of_statistics_are_those_of_the_notebook() -> N
 
 def programs(block: str) -> list[list[str]]:
     """The arguments of each ``batchshaping`` in a block of commands."""
-    return [
-        shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("batchshaping")
-    ]
+    return [shlex.split(command)[1:] for command in commands(block) if command.startswith("batchshaping")]
 
 
 PROGRAMS = {
@@ -131,7 +128,10 @@ def test_every_make_target_exists() -> None:
         re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     )
     named = set(
-        re.findall(r"\bmake ([a-z-]+)\b", "\n".join([*commands(), *re.findall(r"`[^`\n]+`", README)]))
+        re.findall(
+            r"\bmake ([a-z-]+)\b",
+            "\n".join([*commands("\n".join(blocks("sh"))), *re.findall(r"`[^`\n]+`", README)]),
+        )
     )
     assert {"demo", "test", "figures"} <= named <= targets
 

@@ -156,14 +156,14 @@ class Tokenizer:
 
     def reduced(self, whole_regions: Tensor) -> Tensor:
         """The images in which a region has the size of a patch."""
-        return _sums_of_squares(whole_regions, self.side) / self.side**2
+        return _sums_over_squares(whole_regions, self.side) / self.side**2
 
     def positions(self, cut: Cut) -> tuple[Tensor, Tensor]:
         """The position embeddings of the patches, (patches, width), and of the regions, (regions, width)."""
         fine = self.vit.positions((cut.rows, cut.columns))
         down, across = (n * self.side for n in cut.grid_of_regions)
         grid = _padded(fine.T.unflatten(1, (cut.rows, cut.columns))[None], down, across, "constant")
-        sums = _sums_of_squares(grid, self.side)[0].flatten(1).T
+        sums = _sums_over_squares(grid, self.side)[0].flatten(1).T
         return fine, sums / cut.patches_of_region(fine.device)[:, None]
 
     def all_tokens(self, images: Tensor, whole_regions: Tensor, cut: Cut) -> Tensor:
@@ -219,7 +219,7 @@ def patches_of(images: Tensor, size: int) -> Tensor:
     return squares.permute(0, 2, 4, 1, 3, 5)
 
 
-def _sums_of_squares(images: Tensor, side: int) -> Tensor:
+def _sums_over_squares(images: Tensor, side: int) -> Tensor:
     """The sum over each square of side x side pixels, bit for bit that of a pool, which takes longer."""
     first, *others = (images[..., i::side, j::side] for i in range(side) for j in range(side))
     total = first.clone()

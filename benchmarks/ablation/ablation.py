@@ -9,13 +9,11 @@ leaves ``results`` alone. ``--summary`` trains nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -27,14 +25,14 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 
 from batchshaping.figures.style import house_style
 from batchshaping.report.page import report_html
-from batchshaping.storage.files import replaced
-from batchshaping.training.config import RunConfig, recorded_config
+from batchshaping.training.config import RunConfig
 from batchshaping.training.run import read_result, train
 from batchshaping.training.threads import using_threads
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from guide import rounded, table, write_table
+from guide import table, write_table
+from kept import by_arm, is_finished, keep
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -75,28 +73,14 @@ def runs(quick: bool) -> Iterator[tuple[str, RunConfig]]:
             yield f"{arm}-seed{seed}", RunConfig(**{**SHARED, **settings, **fewer, "seed": seed})
 
 
-def finished(path: Path, config: RunConfig) -> bool:
-    """Whether there is a result of this very configuration."""
-    return path.exists() and recorded_config(json.loads(path.read_text())["config"]) == config
-
-
 def run(name: str, config: RunConfig, folder: Path) -> str:
     """Train, and keep what the report shows; the images only once."""
     with tempfile.TemporaryDirectory() as scratch:
         result = train(config, Path(scratch) / "run")
     if config.seed != SEEDS[0]:
         result["least"] = result["most"] = []
-    with replaced(folder / f"{name}.json") as partial:
-        partial.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
+    keep(result, folder / f"{name}.json")
     return f"{name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
-
-
-def by_arm(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The results of each arm, over its seeds."""
-    arms = defaultdict(list)
-    for name, result in results.items():
-        arms[name.rpartition("-seed")[0]].append(result)
-    return {arm: arms[arm] for arm in ARMS if arm in arms}
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -158,7 +142,7 @@ def draw(
     with house_style():
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for (kind, label), marker in zip(kinds.items(), "svod", strict=False):
+        for (kind, label), marker in zip(kinds.items(), "svod"[: len(kinds)], strict=True):
             points = sorted(point(results) for arm, results in arms.items() if arm.startswith(f"{kind}-"))
             if not points:
                 continue
@@ -195,10 +179,10 @@ def main() -> None:
     results = {
         name: read_result(folder / f"{name}.json")
         for name, config in wanted.items()
-        if finished(folder / f"{name}.json", config)
+        if is_finished(folder / f"{name}.json", config)
     }
     print(f"{len(results)} of {len(wanted)} runs are finished")
-    arms = by_arm(results)
+    arms = by_arm(results, ARMS)
     print(summarize(arms))
     figure = draw(arms)
     if pages == folder:
@@ -213,7 +197,7 @@ def main() -> None:
 
 def train_missing(wanted: dict[str, RunConfig], folder: Path) -> None:
     """Two runs at a time, each on its own core."""
-    missing = {n: c for n, c in wanted.items() if not finished(folder / f"{n}.json", c)}
+    missing = {n: c for n, c in wanted.items() if not is_finished(folder / f"{n}.json", c)}
     if not missing:
         return
     workers = min(len(missing), os.cpu_count() or 1)

@@ -31,8 +31,7 @@ from torch import Tensor, nn
 import batchshaping as bs
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.gate import Gate
-from batchshaping.storage.files import replaced
-from batchshaping.training.config import RunConfig, recorded_config
+from batchshaping.training.config import RunConfig
 from batchshaping.training.latency import seconds_of_images
 from batchshaping.training.run import load_run, read_result, resume, train
 from batchshaping.training.threads import using_threads
@@ -41,7 +40,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import ablation
-from guide import rounded, table, write_table
+from guide import table, write_table
+from kept import by_arm, is_finished, keep
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -158,7 +158,7 @@ PLACES = {
 
 def finished(path: Path, config: RunConfig) -> bool:
     """Whether there is a result of this very configuration, wherever its teacher lay."""
-    return path.exists() and recorded_config({**json.loads(path.read_text())["config"], **PLACES}) == config
+    return is_finished(path, config, PLACES)
 
 
 def run(series: str, name: str, config: RunConfig, places: dict[str, Any]) -> str:
@@ -171,8 +171,7 @@ def run(series: str, name: str, config: RunConfig, places: dict[str, Any]) -> st
     result = resume(folder) if (folder / "config.yaml").exists() else train(config, folder)
     result["config"] |= {key: PLACES[key] for key in places}
     result["least"] = result["most"] = []
-    with replaced(path_of(series, name)) as partial:
-        partial.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
+    keep(result, path_of(series, name))
     return f"{series}, {name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
 
 
@@ -183,11 +182,12 @@ def path_of(series: str, name: str) -> Path:
 
 def results_of(series: str) -> dict[str, list[dict[str, Any]]]:
     """The results of each arm of a series, over the seeds that are finished."""
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for name, config in SERIES[series].runs():
-        if finished(path_of(series, name), config):
-            arms.setdefault(name.rpartition("-seed")[0], []).append(read_result(path_of(series, name)))
-    return {arm: arms[arm] for arm in sorted(arms, key=_place)}
+    kept = {
+        name: read_result(path_of(series, name))
+        for name, config in SERIES[series].runs()
+        if finished(path_of(series, name), config)
+    }
+    return by_arm(kept, sorted(SERIES[series].arms(), key=_place))
 
 
 def _place(arm: str) -> tuple[int, float]:
@@ -213,9 +213,7 @@ def measure_times(series: str, names: Iterable[str]) -> None:
         least[of] = min(least.get(of, math.inf), 1e3 * values.median().item())
     for name, milliseconds in least.items():
         path = path_of(series, name)
-        result = json.loads(path.read_text()) | {"milliseconds": round(milliseconds, 3)}
-        with replaced(path) as partial:
-            partial.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        keep(json.loads(path.read_text()) | {"milliseconds": round(milliseconds, 3)}, path)
 
 
 def _ways(network: nn.Module, images: Tensor) -> dict[str, nn.Module]:

@@ -11,12 +11,10 @@ evaluates on the validation images instead, with one seed, to choose settings; i
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,14 @@ from matplotlib.figure import Figure
 from batchshaping.figures.masks import draw_region_map
 from batchshaping.figures.style import house_style
 from batchshaping.report.page import report_html
-from batchshaping.storage.files import replaced
-from batchshaping.training.config import RunConfig, recorded_config
+from batchshaping.training.config import RunConfig
 from batchshaping.training.run import read_result, resume, train
 from batchshaping.training.threads import using_threads
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from guide import rounded, table, write_table
+from guide import table, write_table
+from kept import by_arm, is_finished, keep
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -186,10 +184,7 @@ def starts_from(name: str) -> str | None:
 
 def finished(path: Path, config: RunConfig) -> bool:
     """Whether there is a result of this very configuration, wherever its start lay."""
-    if not path.exists():
-        return False
-    start = {"start": None, "start_sha256": None, "teacher_sha256": None}
-    return recorded_config({**json.loads(path.read_text())["config"], **start}) == config
+    return is_finished(path, config, {"start": None, "start_sha256": None, "teacher_sha256": None})
 
 
 def run(name: str, config: RunConfig, folders: Path, results: Path) -> str:
@@ -204,8 +199,7 @@ def run(name: str, config: RunConfig, folders: Path, results: Path) -> str:
         result["least"] = result["most"] = []
         if "regions" in result:
             result["regions"]["masks"] = {"least": [], "most": []}
-    with replaced(results / f"{name}.json") as partial:
-        partial.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
+    keep(result, results / f"{name}.json")
     return f"{name}: {told(result)}"
 
 
@@ -224,14 +218,6 @@ def correlation(result: dict[str, Any]) -> float:
     """Of the learned means with the share of images that have an object in the region."""
     means, frequency = result["priors"]["mean"], result["regions"]["objects"]["frequency"]
     return float(np.corrcoef(means, frequency)[0, 1])
-
-
-def by_arm(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The results of each arm, over its seeds."""
-    found = defaultdict(list)
-    for name, result in results.items():
-        found[name.rpartition("-seed")[0]].append(result)
-    return {arm: found[arm] for arm in arms() if arm in found}
 
 
 def share(result: dict[str, Any]) -> float:
@@ -375,7 +361,7 @@ def main() -> None:
     print(f"{len(kept)} of {len(wanted)} runs are finished")
     if not kept:
         return
-    found = by_arm(kept)
+    found = by_arm(kept, arms())
     tables = {"mixed scale": {**on("", found), **on("centred", found)}, "forms": on("forms", found)}
     summaries = {name: summarize(results) for name, results in tables.items() if results}
     print(*summaries.values(), sep="\n\n")

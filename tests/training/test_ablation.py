@@ -38,10 +38,10 @@ def test_the_two_kinds_of_gates_differ_by_the_loss_alone(ablation: ModuleType) -
 def test_a_result_counts_for_its_own_configuration_only(ablation: ModuleType, tmp_path: Path) -> None:
     (_, config), (_, other), *_ = ablation.runs(quick=True)
     path = tmp_path / "result.json"
-    assert not ablation.finished(path, config)
+    assert not ablation.is_finished(path, config)
     path.write_text(json.dumps({"config": config.model_dump(mode="json")}))
-    assert ablation.finished(path, config)
-    assert not ablation.finished(path, other)
+    assert ablation.is_finished(path, config)
+    assert not ablation.is_finished(path, other)
 
 
 def test_a_result_still_counts_when_there_is_a_new_setting(ablation: ModuleType, tmp_path: Path) -> None:
@@ -50,8 +50,8 @@ def test_a_result_still_counts_when_there_is_a_new_setting(ablation: ModuleType,
     settings = config.model_dump(mode="json")
     assert settings.pop("threads") is None
     path.write_text(json.dumps({"config": settings}))
-    assert ablation.finished(path, config)
-    assert not ablation.finished(path, config.model_copy(update={"threads": 2}))
+    assert ablation.is_finished(path, config)
+    assert not ablation.is_finished(path, config.model_copy(update={"threads": 2}))
 
 
 def test_the_mean_and_the_deviation_of_a_point_are_those_over_the_seeds(ablation: ModuleType) -> None:
@@ -80,8 +80,12 @@ def test_the_guide_shows_what_the_kept_results_say(ablation: ModuleType) -> None
     wanted = dict(ablation.runs(quick=False))
     kept = {path.stem: json.loads(path.read_text()) for path in (SCRIPT.parent / "results").glob("*.json")}
     assert kept.keys() == wanted.keys()
-    assert all(ablation.finished(SCRIPT.parent / "results" / f"{name}.json", wanted[name]) for name in kept)
+    assert all(
+        ablation.is_finished(SCRIPT.parent / "results" / f"{name}.json", wanted[name]) for name in kept
+    )
     guide = (ROOT / "docs" / "channel_gating.md").read_text(encoding="utf-8")
     table = re.search(r"<!-- ablation: begin -->(.*?)<!-- ablation: end -->", guide, re.DOTALL)
     assert table is not None
-    assert table[1].strip() == ablation.summarize(ablation.by_arm({n: kept[n] for n in wanted}))
+    assert table[1].strip() == ablation.summarize(
+        ablation.by_arm({n: kept[n] for n in wanted}, ablation.ARMS)
+    )
