@@ -66,6 +66,7 @@ DATASETS = (
     "canvases",
     "canvases-centred",
     "forms",
+    "idx",
     "folder",
 )
 """Names of the data sets."""
@@ -133,7 +134,8 @@ class DataSettings(Section):
     heading = "Data"
 
     name: str = Field("digits", alias="data")
-    """Data set: digits, fashion-mnist, cifar10, cifar100, canvases, canvases-centred, forms, or folder."""
+    """Data set: digits, fashion-mnist, cifar10, cifar100, canvases, canvases-centred, forms, or the files in
+    the data folder: idx (the format of MNIST) or folder (a folder of images for each class)."""
     data_folder: Path | None = None
     """Folder of the data. By default, the folder of its package or download."""
     download: bool = False

@@ -8,8 +8,10 @@ files, so that it can be interrupted at any time. ``--times`` measures how long 
 networks that were trained here, with one thread, all in turn, and keeps that with their results.
 ``--summary`` trains nothing.
 
-Fashion-MNIST is the series that is trained without an argument. That on CIFAR-10, where width counts for
-more, needs the binary version of the data, in ``--data-folder`` or by ``--download``.
+Fashion-MNIST is the series that is trained without an argument. Those on CIFAR-10, where width counts for
+more, need the binary version of the data, in ``--data-folder`` or by ``--download``. Those on Chinese
+characters ask at which width, depth and number of classes gates begin to win; they need the fonts that
+``characters.py`` lists, in ``--fonts``.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import ablation
+import characters
 from guide import table, write_table
 from kept import by_arm, is_finished, keep
 
@@ -49,7 +52,6 @@ RESULTS = HERE / "from_trained"
 FOLDERS = ROOT / "outputs" / "ablation-from-trained"
 
 TEACHER = "teacher"
-WIDTH = 16
 KINDS: dict[str, dict[str, Any]] = {"bas": {}, "l0": {"shaping": 0.0}, "groups": {"gates_per_layer": 8}}
 """The kinds of gates, and the settings in which each differs from the first."""
 NAMES = {
@@ -73,6 +75,8 @@ class Series:
         budgets: shares of the teacher's multiply-adds.
         kinds: kinds of gates.
         seeds: seeds.
+        width: width of the teacher and of the networks with gates.
+        classes: number of Chinese characters, where these are the data.
     """
 
     data: str
@@ -82,19 +86,21 @@ class Series:
     budgets: tuple[float, ...]
     kinds: tuple[str, ...]
     seeds: tuple[int, ...]
+    width: int = 16
+    classes: int | None = None
 
     def arms(self) -> dict[str, dict[str, Any]]:
         """The settings of each arm that differ from those that all runs share: what teaches first."""
         # The budget is asked for from the start: most epochs are then trained at the cost of the result.
         gated = {
-            "width": WIDTH,
+            "width": self.width,
             "epochs": self.epochs,
             "penalty": 5.0,
             "penalty_begin": 0.0,
             "penalty_end": 0.2,
         }
         return {
-            TEACHER: {"gated": False, "width": WIDTH, "epochs": self.epochs},
+            TEACHER: {"gated": False, "width": self.width, "epochs": self.epochs},
             **{
                 f"{kind}-{budget}": {**gated, **KINDS[kind], "budget": budget}
                 for budget in self.budgets
@@ -122,6 +128,23 @@ SHARED = {
     "logger": "none",
     "channels_last": True,
 }
+
+
+def _on_characters(classes: int = 1000, network: str = "resnet8", width: int = 16) -> Series:
+    """A point of the curve over width, depth and number of classes, at a quarter of the multiply-adds."""
+    return Series(
+        "idx",
+        network,
+        epochs=12,
+        widths=(3 * width // 8, width // 2),
+        budgets=(0.25,),
+        kinds=("bas", "l0"),
+        seeds=(0,),
+        width=width,
+        classes=classes,
+    )
+
+
 SERIES = {
     "fashion-mnist": Series(
         "fashion-mnist",
@@ -135,6 +158,13 @@ SERIES = {
     "cifar10-resnet8": Series(
         "cifar10", "resnet8", epochs=12, widths=(6, 8), budgets=(0.25,), kinds=("bas", "l0"), seeds=(0,)
     ),
+    "characters-10": _on_characters(classes=10),
+    "characters-100": _on_characters(classes=100),
+    "characters-1000": _on_characters(),
+    "characters-1000-width8": _on_characters(width=8),
+    "characters-1000-width32": _on_characters(width=32),
+    "characters-1000-resnet14": _on_characters(network="resnet14"),
+    "characters-1000-resnet20": _on_characters(network="resnet20"),
 }
 
 
@@ -229,7 +259,7 @@ def _ways(network: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     }
 
 
-def summarize(arms: dict[str, list[dict[str, Any]]]) -> str:
+def summarize(series: str, arms: dict[str, list[dict[str, Any]]]) -> str:
     """The table of a series, one row an arm."""
     rivals = [arm for arm in arms if arm.startswith("ungated-")]
     rows = []
@@ -240,7 +270,7 @@ def summarize(arms: dict[str, list[dict[str, Any]]]) -> str:
         rows.append(
             [
                 NAMES[kind],
-                f"{float(setting):.0%}" if gates else f"width {setting or WIDTH}",
+                f"{float(setting):.0%}" if gates else f"width {setting or SERIES[series].width}",
                 str(len(results)),
                 ablation.spread([result["multiply_adds"] / 1e6 for result in results], 3),
                 ablation.spread([100 * result["accuracy"] for result in results], 2),
@@ -265,15 +295,20 @@ def main() -> None:
     parser.add_argument("series", nargs="*", default=["fashion-mnist"], help=f"of {', '.join(SERIES)}")
     parser.add_argument("--data-folder", help="folder of the data")
     parser.add_argument("--download", action="store_true", help="download the data if they are missing")
+    parser.add_argument("--fonts", type=Path, default="/usr/share", help="folder of the fonts of characters")
     parser.add_argument("--summary", action="store_true", help="train nothing")
     parser.add_argument("--times", action="store_true", help="measure how long an image takes")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.series if name not in SERIES]:
         parser.error(f"series must be of {', '.join(SERIES)}, received {unknown[0]}")
-    places = {"data_folder": arguments.data_folder, "download": arguments.download}
     for series in arguments.series:
+        places = {"data_folder": arguments.data_folder, "download": arguments.download}
         (RESULTS / series).mkdir(parents=True, exist_ok=True)
         wanted = dict(SERIES[series].runs())
+        classes = SERIES[series].classes
+        if classes is not None and not arguments.summary:
+            places = {"data_folder": str(ROOT / "outputs" / f"characters-{classes}")}
+            characters.write(Path(places["data_folder"]), classes, characters.fonts_in([arguments.fonts]))
         with using_threads(1):
             for name, config in wanted.items():
                 if not arguments.summary and not finished(path_of(series, name), config):
@@ -281,7 +316,7 @@ def main() -> None:
         if arguments.times:
             measure_times(series, [n for n, c in wanted.items() if finished(path_of(series, n), c)])
         arms = results_of(series)
-        text = summarize(arms)
+        text = summarize(series, arms)
         print(f"{series}\n{text}")
         write_table(ROOT / "docs" / "channel_gating.md", f"ablation from trained weights, {series}", text)
     draw(results_of("fashion-mnist")).savefig(ROOT / "docs" / "figures" / "ablation_from_trained.svg")

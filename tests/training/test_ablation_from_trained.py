@@ -48,7 +48,7 @@ def test_the_kinds_of_gates_differ_by_one_setting(experiment: ModuleType) -> Non
 
 def test_the_rivals_are_thinner_and_wider_than_every_budget(experiment: ModuleType) -> None:
     series = experiment.SERIES["fashion-mnist"]
-    least, most = min(series.widths) / experiment.WIDTH, max(series.widths) / experiment.WIDTH
+    least, most = min(series.widths) / series.width, max(series.widths) / series.width
     assert least**2 < min(series.budgets)
     assert max(series.budgets) < most**2
 
@@ -84,4 +84,4 @@ def test_every_way_to_compute_a_network_gives_the_same(experiment: ModuleType) -
 def test_the_guide_shows_the_kept_results(experiment: ModuleType, series: str) -> None:
     kept = experiment.results_of(series)
     assert kept
-    assert experiment.summarize(kept) in (ROOT / "docs" / "channel_gating.md").read_text()
+    assert experiment.summarize(series, kept) in (ROOT / "docs" / "channel_gating.md").read_text()

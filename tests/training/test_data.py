@@ -105,9 +105,12 @@ NAMES = (
 )
 
 
-def idx(array: Array) -> bytes:
+IDX_TYPES = {"u1": 0x08, "i1": 0x09, ">i2": 0x0B, ">i4": 0x0C}
+
+
+def idx(array: Array, kind: str = "u1") -> bytes:
     sizes = np.array(array.shape, ">u4").tobytes()
-    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+    return bytes([0, 0, IDX_TYPES[kind], array.ndim]) + sizes + array.astype(kind).tobytes()
 
 
 def write_fashion(folder: Path, compressed: bool = True) -> dict[str, Array]:
@@ -185,6 +188,51 @@ def test_labels_that_are_none_are_refused(part: str, labels: int, tmp_path: Path
     path.write_bytes(gzip.compress(idx(np.array([3] * (labels - 1) + [10 if labels != 6 else 9], np.uint8))))
     line = refused("fashion-mnist", tmp_path)
     assert f"{tmp_path}/{part}-labels-idx1-ubyte" in line and f"received {labels} from 3 to" in line
+
+
+# Other data in the format of MNIST
+
+
+@pytest.mark.parametrize("kind", ["u1", ">i2", ">i4"])
+def test_idx_files_are_read_with_as_many_classes_as_they_have(kind: str, tmp_path: Path) -> None:
+    write_fashion(tmp_path, compressed=False)
+    classes = {"u1": 200, ">i2": 3000, ">i4": 70_000}[kind]
+    expected = {}
+    for part, examples in (("train", 12), ("t10k", 5)):
+        expected[part] = RANDOM.integers(0, classes, examples)
+        expected[part][0] = classes - 1
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(expected[part], kind))
+    data = load("idx", tmp_path)
+    assert data.shape == (1, 28, 28) and not data.flip
+    assert len(data.classes) == classes and data.classes[-1] == str(classes - 1)
+    for images, part in ((data.train, "train"), (data.test, "t10k")):
+        np.testing.assert_array_equal(everything(images)[1].numpy(), expected[part])
+
+
+@pytest.mark.parametrize(
+    ("part", "labels", "received"),
+    [("train", [-1] * 12, "12 from -1 to -1"), ("t10k", [3] * 4 + [1000], "5 from 3 to 1000")],
+)
+def test_idx_labels_that_no_training_image_has_are_refused(
+    part: str, labels: list[int], received: str, tmp_path: Path
+) -> None:
+    write_fashion(tmp_path, compressed=False)
+    path = tmp_path / f"{part}-labels-idx1-ubyte"
+    path.write_bytes(idx(np.array(labels), ">i2"))
+    line = refused("idx", tmp_path)
+    assert str(path) in line and received in line
+
+
+def test_idx_images_of_another_type_than_bytes_are_refused(tmp_path: Path) -> None:
+    write_fashion(tmp_path, compressed=False)
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(idx(np.zeros((12, 28, 28)), ">i2"))
+    assert f"{path}: expected an IDX file of bytes in 3 dimensions" in refused("idx", tmp_path)
+
+
+def test_idx_needs_a_folder_with_the_files(tmp_path: Path) -> None:
+    assert refused("idx").endswith("data_folder, received no data_folder")
+    assert refused("idx", tmp_path).endswith(f"data_folder, found none in {tmp_path}")
 
 
 # CIFAR

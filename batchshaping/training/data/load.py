@@ -11,6 +11,7 @@ from batchshaping.training.data.dataset import Data, DataError, fewer
 from batchshaping.training.data.digits import digits
 from batchshaping.training.data.fashion_mnist import fashion_mnist
 from batchshaping.training.data.folder import folder_of_images
+from batchshaping.training.data.idx import idx
 from batchshaping.training.sections import DataSettings
 
 __all__ = ["load_data"]
@@ -50,5 +51,6 @@ _LOADERS: dict[str, Callable[[DataSettings], Data]] = {
     "canvases": CANVASES,
     "canvases-centred": CENTRED_CANVASES,
     "forms": FORMS,
+    "idx": idx,
     "folder": folder_of_images,
 }
