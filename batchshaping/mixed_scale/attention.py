@@ -41,10 +41,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 class _GatedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, gates: Tensor) -> Tensor:
-        is_off = gates == 0
-        # Relative to the keys that are on: a key that is off may have any score without an overflow.
-        relative = scores - scores.masked_fill(is_off, -math.inf).logsumexp(dim=-1, keepdim=True)
-        share = torch.where(is_off, relative.sigmoid(), relative.exp())
+        # In place where it can be, since the scores of all pairs of tokens are large. Relative to the largest
+        # score of a key that is on; one that is off may have any, and from e^80 on its share is 1.
+        share = scores.masked_fill(gates == 0, -math.inf).amax(dim=-1, keepdim=True)
+        share = (scores - share).clamp_(max=80).exp_()
+        total = (share * gates).sum(dim=-1, keepdim=True)
+        share /= torch.addcmul(total, share, 1 - gates)
         ctx.save_for_backward(share, gates)
         return share * gates
 
@@ -52,8 +54,9 @@ class _GatedSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
         share, gates = ctx.saved_tensors
-        weights = share * gates
-        effect = share * (upstream - (upstream * weights).sum(dim=-1, keepdim=True))
+        effect = share * upstream
+        mean = (effect * gates).sum(dim=-1, keepdim=True)
+        effect.addcmul_(share, mean, value=-1)
         return effect * gates, effect.sum_to_size(gates.shape)
 
 
