@@ -60,6 +60,8 @@ _LOG_GAMMA = (
 # Where the integrand has fallen to exp(-38), below what double precision notices.
 _END = 38.0
 _POINTS = 32
+# Numbers that are computed at once.
+_TOGETHER = 4096
 
 
 def _stirling_series(z: Tensor, powers: tuple[float, ...]) -> Tensor:
@@ -249,19 +251,35 @@ def hazard(
     scaled_p, scaled_q, scaled_rate = end * inverse, end * odds, end * rate
     total = torch.zeros_like(end)
     by_p, by_q = torch.zeros_like(end), torch.zeros_like(end)
-    for point, weight in _rule():
-        at_p, at_q = scaled_p * point, scaled_q * point
+    rule = _rule()
+    # Several points at once where an operation on one of them would take longer to start than to run.
+    together = min(max(_TOGETHER // max(end.numel(), 1), 1), _POINTS)
+    for start in range(0, _POINTS, together):
+        points, weights = zip(*rule[start : start + together], strict=True)
+        at_p, at_q = _at(points, scaled_p), _at(points, scaled_q)
         less_p, less_q = log1p_less(at_p), log1p_less(at_q)
-        exponent = (less_p * first).addcmul_(less_q, second).sub_(scaled_rate, alpha=point)
-        mass = exponent.exp_().mul_(weight)
-        total += mass
+        exponent = (less_p * first).addcmul_(less_q, second)
+        for row, point in zip(exponent, points, strict=True):
+            row.sub_(scaled_rate, alpha=point)
+        mass = exponent.exp_()
         if gradients:
-            by_p.addcmul_(mass, less_p.add_(at_p))
-            by_q.addcmul_(mass, less_q.add_(at_q))
+            less_p.add_(at_p)
+            less_q.add_(at_q)
+        for k, weight in enumerate(weights):
+            total.add_(mass[k], alpha=weight)
+            if gradients:
+                by_p.addcmul_(mass[k], less_p[k], value=weight)
+                by_q.addcmul_(mass[k], less_q[k], value=weight)
     found = p * complement / (end * total)
     if not gradients:
         return (found,)
     return found, -by_p / total - 1 / p, -by_q / total
+
+
+def _at(points: tuple[float, ...], scale: Tensor) -> Tensor:
+    """The points times the scale, one row a point."""
+    rows = [scale * point for point in points]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def small_tail(p: Tensor, q: Tensor, y: Tensor, log_y: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
