@@ -32,9 +32,11 @@ class SmallImageResNet(nn.Sequential):
         in_channels: channels of the images.
         width: channels of the first stage; the second has twice, the third four times as many.
         stem_stride: stride of the first convolution; 2 makes everything after it four times cheaper.
+        inner: share of the channels between the two convolutions of each block that are there, rounded to
+            whole channels, at least one. Below 1 it is the ungated network of the form that gates give.
 
     Raises:
-        ValueError: if there is no network of that depth.
+        ValueError: if there is no network of that depth, or the share is not in (0, 1].
 
     References:
         He, Zhang, Ren and Sun, Deep Residual Learning for Image Recognition, CVPR 2016,
@@ -53,12 +55,15 @@ class SmallImageResNet(nn.Sequential):
         in_channels: int = 3,
         width: int = 16,
         stem_stride: int = 1,
+        inner: float = 1.0,
     ) -> None:
         from torchvision.models.resnet import BasicBlock
 
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 6 n + 2 with n = 1, 2, ..., received {depth}")
+        if not 0 < inner <= 1:
+            raise ValueError(f"inner must be in (0, 1], received {inner}")
         layers: OrderedDict[str, nn.Module] = OrderedDict(
             conv1=nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False),
             bn1=nn.BatchNorm2d(width),
@@ -75,6 +80,11 @@ class SmallImageResNet(nn.Sequential):
                         nn.Conv2d(before, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
                     )
                 made.append(BasicBlock(before, channels, stride, shortcut))
+                if inner < 1:
+                    between = max(round(inner * channels), 1)
+                    made[-1].conv1 = nn.Conv2d(before, between, 3, stride, padding=1, bias=False)
+                    made[-1].bn1 = nn.BatchNorm2d(between)
+                    made[-1].conv2 = nn.Conv2d(between, channels, 3, padding=1, bias=False)
                 before = channels
             layers[f"layer{stage + 1}"] = nn.Sequential(*made)
         layers["avgpool"] = nn.AdaptiveAvgPool2d(1)

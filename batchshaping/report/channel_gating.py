@@ -25,7 +25,7 @@ class ChannelGating:
         "A gate is always on if it is open for every test image, always off if for none, "
         "and conditional otherwise."
     )
-    compared: Collection[str] = ("network", "width", "stem_stride")
+    compared: Collection[str] = ("network", "width", "stem_stride", "inner")
     curves: Sequence[Curve] = (
         Curve("ungated", "ungated", "circle", reference=True),
         Curve("L0 only", "penalty-only", "diamond"),
@@ -44,7 +44,7 @@ class ChannelGating:
 
     def idle(self, config: Mapping[str, Any]) -> Collection[str]:
         of_small_networks = (
-            () if config.get("network") in [*SMALL_IMAGE_NETWORKS] else ("width", "stem_stride")
+            () if config.get("network") in [*SMALL_IMAGE_NETWORKS] else ("width", "stem_stride", "inner")
         )
         return of_small_networks if config.get("gated", True) else (*of_small_networks, *_OF_GATES)
 

@@ -28,9 +28,11 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter
 from torch import Tensor, nn
 
 import batchshaping as bs
+from batchshaping.figures.style import house_style
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.gate import Gate
 from batchshaping.training.config import RunConfig
@@ -48,6 +50,7 @@ from kept import by_arm, is_finished, keep
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+PAGE = ROOT / "docs" / "channel_gating.md"
 RESULTS = HERE / "from_trained"
 FOLDERS = ROOT / "outputs" / "ablation-from-trained"
 
@@ -57,10 +60,15 @@ KINDS: dict[str, dict[str, Any]] = {"bas": {}, "l0": {"shaping": 0.0}, "groups":
 NAMES = {
     TEACHER: "the teacher",
     "ungated": "ungated, taught",
+    "narrow": "ungated, narrow inside its blocks, taught",
     "l0": "gated, L0 only",
     "bas": "gated, batch-shaping",
     "groups": "gated, batch-shaping, eight gates a layer",
 }
+
+
+_BY_WIDTH = (TEACHER, "ungated")
+"""The kinds of networks whose setting is a width."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ class Series:
         seeds: seeds.
         width: width of the teacher and of the networks with gates.
         classes: number of Chinese characters, where these are the data.
+        inner: shares of inner channels of rivals as wide as the teacher, but narrow inside their blocks: of
+            the form that gates give, without gates.
     """
 
     data: str
@@ -88,6 +98,7 @@ class Series:
     seeds: tuple[int, ...]
     width: int = 16
     classes: int | None = None
+    inner: tuple[float, ...] = ()
 
     def arms(self) -> dict[str, dict[str, Any]]:
         """The settings of each arm that differ from those that all runs share: what teaches first."""
@@ -110,6 +121,15 @@ class Series:
                 f"ungated-{width}": {"gated": False, "width": width, "epochs": 2 * self.epochs}
                 for width in self.widths
             },
+            **{
+                f"narrow-{share}": {
+                    "gated": False,
+                    "width": self.width,
+                    "inner": share,
+                    "epochs": 2 * self.epochs,
+                }
+                for share in self.inner
+            },
         }
 
     def runs(self) -> Iterator[tuple[str, RunConfig]]:
@@ -130,18 +150,21 @@ SHARED = {
 }
 
 
-def _on_characters(classes: int = 1000, network: str = "resnet8", width: int = 16) -> Series:
+def _on_characters(
+    classes: int = 1000, network: str = "resnet8", width: int = 16, wider: tuple[int, ...] = ()
+) -> Series:
     """A point of the curve over width, depth and number of classes, at a quarter of the multiply-adds."""
     return Series(
         "idx",
         network,
         epochs=12,
-        widths=(3 * width // 8, width // 2),
+        widths=(3 * width // 8, width // 2, *wider),
         budgets=(0.25,),
         kinds=("bas", "l0"),
         seeds=(0,),
         width=width,
         classes=classes,
+        inner=(0.25,),
     )
 
 
@@ -160,7 +183,7 @@ SERIES = {
     ),
     "characters-10": _on_characters(classes=10),
     "characters-100": _on_characters(classes=100),
-    "characters-1000": _on_characters(),
+    "characters-1000": _on_characters(wider=(10,)),
     "characters-1000-width8": _on_characters(width=8),
     "characters-1000-width32": _on_characters(width=32),
     "characters-1000-resnet14": _on_characters(network="resnet14"),
@@ -201,6 +224,8 @@ def run(series: str, name: str, config: RunConfig, places: dict[str, Any]) -> st
     result = resume(folder) if (folder / "config.yaml").exists() else train(config, folder)
     result["config"] |= {key: PLACES[key] for key in places}
     result["least"] = result["most"] = []
+    if SERIES[series].classes is not None:  # a thousand of them, one by one, are a megabyte
+        result["classes"] = result["by_class"] = []
     keep(result, path_of(series, name))
     return f"{series}, {name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
 
@@ -270,7 +295,7 @@ def summarize(series: str, arms: dict[str, list[dict[str, Any]]]) -> str:
         rows.append(
             [
                 NAMES[kind],
-                f"{float(setting):.0%}" if gates else f"width {setting or SERIES[series].width}",
+                f"width {setting or SERIES[series].width}" if kind in _BY_WIDTH else f"{float(setting):.0%}",
                 str(len(results)),
                 ablation.spread([result["multiply_adds"] / 1e6 for result in results], 3),
                 ablation.spread([100 * result["accuracy"] for result in results], 2),
@@ -287,6 +312,71 @@ def summarize(series: str, arms: dict[str, list[dict[str, Any]]]) -> str:
 def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
     """Accuracy against multiply-adds, with the standard deviation over seeds."""
     return ablation.draw(arms, {kind: NAMES[kind] for kind in ("ungated", *KINDS)}, [0.4, 0.6, 0.8, 1, 1.5])
+
+
+def curve() -> tuple[str, Figure | None]:
+    """What gates gain over width, depth and number of classes: the table, and the figure if there is one."""
+    rows, points = [], []
+    for name, series in SERIES.items():
+        arms = results_of(name) if series.classes else {}
+        rivals = [arm for arm in arms if arm.startswith("ungated-")]
+        if TEACHER not in arms or len(rivals) < 2 or "bas-0.25" not in arms:
+            continue
+        depth = series.network.removeprefix("resnet")
+        above = {
+            kind: ablation.above_ungated(arms[f"{kind}-0.25"], arms)
+            for kind in series.kinds
+            if f"{kind}-0.25" in arms
+        }
+        points.append(((series.classes, series.width, int(depth)), above))
+        spent, accuracy, _ = ablation.point(arms["bas-0.25"])
+        narrow = ablation.point(arms["narrow-0.25"]) if "narrow-0.25" in arms else None
+        rows.append(
+            [
+                str(series.classes),
+                f"ResNet-{depth}",
+                str(series.width),
+                f"{ablation.point(arms[TEACHER])[1]:.1f} at {ablation.point(arms[TEACHER])[0]:.2f}",
+                f"{accuracy - above['bas']:.1f}",
+                f"{narrow[1]:.1f} at {narrow[0]:.2f}" if narrow else "",
+                f"{accuracy:.1f} at {spent:.2f}",
+                f"{above['bas']:+.1f}",
+                f"{above['l0']:+.1f}" if "l0" in above else "",
+            ]
+        )
+    header = [
+        "classes",
+        "network",
+        "width",
+        "the teacher",
+        "ungated, of the gates' cost",
+        "narrow inside",
+        "gated",
+    ]
+    return table([*header, "above ungated", "L0 only, above"], rows), _figure_of(points) if points else None
+
+
+def _figure_of(points: list[tuple[tuple[int, int, int], dict[str, float]]]) -> Figure:
+    """Points above ungated, along each of classes, width and depth from the middle of them."""
+    middle = (1000, 16, 8)
+    names = ("classes", "width", "layers")
+    with house_style():
+        figure = Figure(figsize=(7.6, 2.6), layout="constrained")
+        for k, (axes, name) in enumerate(zip(figure.subplots(1, 3, sharey=True), names, strict=True)):
+            others = [at for at in range(3) if at != k]
+            along = sorted((at, above) for at, above in points if all(at[o] == middle[o] for o in others))
+            for kind, marker in (("bas", "o"), ("l0", "v")):
+                shown = [(at[k], above[kind]) for at, above in along if kind in above]
+                axes.plot(*zip(*shown, strict=True), marker=marker, label=NAMES[kind])
+            axes.axhline(0, color="black", linewidth=0.8)
+            ticks = [at[k] for at, _ in along]
+            axes.set(xscale="log", xlabel=name)
+            axes.xaxis.set_major_locator(FixedLocator(ticks))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        figure.axes[0].set_ylabel("points above ungated")
+        figure.axes[1].legend(loc="lower right")
+    return figure
 
 
 def main() -> None:
@@ -318,7 +408,12 @@ def main() -> None:
         arms = results_of(series)
         text = summarize(series, arms)
         print(f"{series}\n{text}")
-        write_table(ROOT / "docs" / "channel_gating.md", f"ablation from trained weights, {series}", text)
+        if classes is None:
+            write_table(PAGE, f"ablation from trained weights, {series}", text)
+    text, figure = curve()
+    write_table(PAGE, "ablation from trained weights, characters", text)
+    if figure is not None:
+        figure.savefig(ROOT / "docs" / "figures" / "ablation_over_sizes.svg")
     draw(results_of("fashion-mnist")).savefig(ROOT / "docs" / "figures" / "ablation_from_trained.svg")
 
 

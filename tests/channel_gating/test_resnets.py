@@ -11,6 +11,7 @@ from torchvision.models import resnet18, resnet34, resnet50
 
 import batchshaping as bs
 from batchshaping.channel_gating.resnets import SmallImageResNet
+from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.gate import Gate, named_gates
 
 SMALL = {20: bs.gated_resnet20, 32: bs.gated_resnet32, 56: bs.gated_resnet56}
@@ -97,6 +98,25 @@ def test_each_stage_has_twice_the_channels_and_half_the_size(
     assert network(torch.randn(2, in_channels, size, size)).shape == (2, 7)
     sides = [-(-size // (stem_stride * shrink)) for shrink in (1, 2, 4)]
     assert shapes == [(2, 4 * 2**k, side, side) for k, side in enumerate(sides)]
+
+
+@pytest.mark.parametrize("inner", [1.0, 0.25, 0.01])
+def test_blocks_may_be_narrow_inside(inner: float) -> None:
+    network = SmallImageResNet(8, 7, width=16, inner=inner)
+    between = [max(round(inner * channels), 1) for channels in (16, 32, 64)]
+    stages = (network.layer1, network.layer2, network.layer3)
+    assert [stage[0].conv1.out_channels for stage in stages] == between
+    # By hand, on 8 x 8, 4 x 4 and 2 x 2 pixels: two convolutions a block, shortcuts, stem and head.
+    shapes = [(64, 16, 16), (16, 16, 32), (4, 32, 64)]
+    blocks = sum(9 * n * k * (i + o) for (n, i, o), k in zip(shapes, between, strict=True))
+    others = 64 * 9 * 3 * 16 + 16 * 16 * 32 + 4 * 32 * 64 + 64 * 7
+    assert MultiplyAdds.measure(network, torch.randn(1, 3, 8, 8)).dense == blocks + others
+
+
+@pytest.mark.parametrize("inner", [0.0, -0.5, 1.01, float("nan")])
+def test_an_impossible_share_of_inner_channels_is_refused(inner: float) -> None:
+    with pytest.raises(ValueError, match=rf"^inner must be in \(0, 1\], received {inner}$"):
+        SmallImageResNet(8, inner=inner)
 
 
 def test_images_need_not_be_square() -> None:

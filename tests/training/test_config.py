@@ -47,6 +47,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "network": st.sampled_from(NETWORKS),
     "width": counts,
     "stem_stride": st.integers(1, 2),
+    "inner": st.floats(0, 1, exclude_min=True),
     "pretrained": st.booleans(),
     "gated": st.booleans(),
     "hidden": counts,
@@ -131,7 +132,7 @@ def consistent(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["network"] in (*SMALL_IMAGE_NETWORKS, "msvit-mini"):
         ignored = {"pretrained"}
     else:
-        ignored = {"width", "stem_stride", "patch", "embedding", "depth", "heads"}
+        ignored = {"width", "stem_stride", "inner", "patch", "embedding", "depth", "heads"}
     of_others = SETTINGS_OF_NETWORKS - defaults.keys()
     settings = {name: value for name, value in settings.items() if name not in of_others}
     settings |= {name: default for name, default in defaults.items() if name in ignored}
@@ -308,6 +309,7 @@ def test_sections_that_are_none_are_refused(settings: dict[str, Any], line: str)
         *[("data", value) for value in ("mnist", "", 3)],
         *[("width", value) for value in (0, -1, 1.5, "wide", "a\nb")],
         *[("stem_stride", value) for value in (0, 3)],
+        *[("inner", value) for value in (0, 1.1, float("nan"))],
         *[("gated", value) for value in ("perhaps", 2)],
         *[(share, value) for share in ("budget", "penalty_begin") for value in (-0.1, 1.1, float("nan"))],
         *[("penalty", value) for value in (-1, float("inf"), float("nan"))],

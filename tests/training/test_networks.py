@@ -152,6 +152,7 @@ def test_a_network_of_a_family_gives_logits_of_images(family: type[Network]) -> 
     [
         ({"network": "resnet8"}, "ResNet-8, width 16, ungated"),
         ({"network": "resnet20", "width": 4, "stem_stride": 2}, "ResNet-20, width 4, stem stride 2, ungated"),
+        ({"inner": 0.25}, "ResNet-8, width 16, 25% of the inner channels, ungated"),
         ({"network": "resnet50", "gated": False}, "ResNet-50, ungated"),
     ],
 )

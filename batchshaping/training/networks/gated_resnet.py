@@ -40,6 +40,9 @@ class GatedResNet(Network):
     """Number of channels in the first stage of a ResNet for small images."""
     stem_stride: Annotated[int, Field(ge=1, le=2)] = 1
     """Stride of the first convolution of a ResNet for small images."""
+    inner: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the channels inside the blocks of a ResNet for small images that are there: below 1, the
+    ungated network of the form that gates give."""
     pretrained: bool = False
     """Whether a ResNet for large images starts from torchvision's weights."""
     hidden: Count = 16
@@ -51,7 +54,7 @@ class GatedResNet(Network):
 
     @property
     def without_effect(self) -> tuple[str, ...]:
-        return ("pretrained",) if self._is_small else ("width", "stem_stride")
+        return ("pretrained",) if self._is_small else ("width", "stem_stride", "inner")
 
     @property
     def _is_small(self) -> bool:
@@ -63,6 +66,7 @@ class GatedResNet(Network):
         parts = [f"ResNet-{depth}"]
         if self._is_small:
             parts += [f"width {self.width}", *[f"stem stride {self.stem_stride}"] * (self.stem_stride > 1)]
+            parts += [f"{self.inner:.0%} of the inner channels"] * (self.inner < 1)
         return ", ".join([*parts, "ungated"])
 
     def recipe(self, budget: float) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class GatedResNet(Network):
         channels = shape[0]
         if self._is_small:
             depth = SMALL_IMAGE_NETWORKS[self.name]
-            return SmallImageResNet(depth, classes, channels, self.width, self.stem_stride)
+            return SmallImageResNet(depth, classes, channels, self.width, self.stem_stride, self.inner)
         from torchvision.models import get_model
 
         resnet: Any = get_model(self.name, num_classes=classes)
