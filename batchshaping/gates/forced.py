@@ -29,6 +29,9 @@ class _Forced:
         self.seed = seed
         self.passes = 0
         self.drawn: dict[int, Tensor] = {}
+        # torch.compile does not know the hash, and calls this as it is. Here, since to say so loads the
+        # compiler, which takes as long as torch itself.
+        self.chance = torch.compiler.disable(_chance)
 
     def draw(self, gate: int, last: Tensor) -> None:
         """Decide beforehand for a pass like the last one: where time is measured, chance takes none."""
@@ -46,7 +49,7 @@ class _Forced:
             return drawn
         if self.share in (0, 1):
             return torch.full_like(logits, self.share)
-        decisions: Tensor = _chance(self.share, f"{self.seed} {gate} {self.passes}", logits)
+        decisions: Tensor = self.chance(self.share, f"{self.seed} {gate} {self.passes}", logits)
         return decisions
 
 
@@ -54,8 +57,6 @@ def _are_alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
-# torch.compile does not know the hash, and calls this as it is.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _chance(share: float, key: str, logits: Tensor) -> Tensor:
     """Zeros and ones of the logits' shape by a hash: making a random generator takes longer than a gate."""
     numbers = np.frombuffer(hashlib.shake_128(key.encode()).digest(4 * logits.numel()), "<u4")
