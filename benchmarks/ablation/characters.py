@@ -5,7 +5,7 @@ which ``--data idx`` reads. Training images are drawn in other fonts than test i
 own size, place, slant and contrast. There are as many images whatever the number of classes, and the first
 characters of a larger set are those of a smaller one.
 
-The fonts are files of Debian's packages, which :data:`PACKAGES` lists.
+The fonts are files of Debian's packages, which this file lists; install them, or unpack them into a folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from batchshaping.storage.files import replaced
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -54,17 +56,16 @@ SIDE = 28
 TRAIN_IMAGES, TEST_IMAGES = 40_000, 10_000
 
 
-def fonts_in(folders: Sequence[Path]) -> list[Path]:
-    """The file of each font, in the order of the packages.
+def fonts_in(folder: Path) -> list[Path]:
+    """The file of each font in a folder and those within, in the order of the packages.
 
     Raises:
         ValueError: in one line, if a font is missing.
     """
-    files = {path.name: path for folder in folders for path in sorted(folder.rglob("*"))}
+    files = {path.name: path for path in sorted(folder.rglob("*"))}
     if missing := [package for package, name in PACKAGES.items() if name not in files]:
         raise ValueError(
-            f"expected the fonts of Debian's packages in {', '.join(map(str, folders))}, "
-            f"found none of {' '.join(missing)}"
+            f"expected the fonts of Debian's packages in {folder}, found none of {' '.join(missing)}"
         )
     return [files[name] for name in PACKAGES.values()]
 
@@ -126,11 +127,14 @@ def write(folder: Path, classes: int, fonts: Sequence[Path]) -> None:
     parts = {"train": (fonts[:-TEST_FONTS], TRAIN_IMAGES, 1), "t10k": (fonts[-TEST_FONTS:], TEST_IMAGES, 2)}
     for part, (of_part, images, seed) in parts.items():
         drawn = draw(characters, of_part, images, seed)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(_header(0x08, drawn.shape) + drawn.tobytes())
         labels = labels_of(classes, len(of_part), images)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
-            _header(0x0B, labels.shape) + labels.astype(">i2").tobytes()
-        )
+        content = {
+            f"{part}-images-idx3-ubyte": _header(0x08, drawn.shape) + drawn.tobytes(),
+            f"{part}-labels-idx1-ubyte": _header(0x0B, labels.shape) + labels.astype(">i2").tobytes(),
+        }
+        for name, values in content.items():
+            with replaced(folder / name) as partial:
+                partial.write_bytes(values)
 
 
 def _header(kind: int, shape: tuple[int, ...]) -> bytes:
@@ -147,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.output or ROOT / "outputs" / f"characters-{arguments.classes}"
     try:
-        write(folder, arguments.classes, fonts_in([arguments.fonts]))
+        write(folder, arguments.classes, fonts_in(arguments.fonts))
     except ValueError as error:
         parser.error(str(error))
     print(f"Wrote {folder}")

@@ -398,7 +398,7 @@ def main() -> None:
         classes = SERIES[series].classes
         if classes is not None and not arguments.summary:
             places = {"data_folder": str(ROOT / "outputs" / f"characters-{classes}")}
-            characters.write(Path(places["data_folder"]), classes, characters.fonts_in([arguments.fonts]))
+            characters.write(Path(places["data_folder"]), classes, characters.fonts_in(arguments.fonts))
         with using_threads(1):
             for name, config in wanted.items():
                 if not arguments.summary and not finished(path_of(series, name), config):

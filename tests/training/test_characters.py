@@ -35,7 +35,7 @@ def test_the_images_of_a_label_show_its_character(
     characters: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(characters, "characters_of", lambda fonts, count: LETTERS[:count])
-    characters.write(tmp_path, 4, characters.fonts_in([FONTS]))
+    characters.write(tmp_path, 4, characters.fonts_in(FONTS))
     data = load_data(DataSettings(data="idx", data_folder=tmp_path))
     assert data.shape == (1, 28, 28) and data.classes == ("0", "1", "2", "3")
     for images, count in ((data.train, 160), (data.test, 80)):
@@ -53,7 +53,7 @@ def test_the_images_of_a_label_show_its_character(
 
 
 def test_images_are_always_the_same_and_differ_from_one_another(characters: ModuleType) -> None:
-    fonts = characters.fonts_in([FONTS])
+    fonts = characters.fonts_in(FONTS)
     drawn, again, other = (characters.draw(LETTERS, fonts, 24, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(drawn, again)
     assert not np.array_equal(drawn, other)
@@ -64,7 +64,7 @@ def test_what_is_written_is_not_drawn_again(
     characters: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(characters, "characters_of", lambda fonts, count: LETTERS[:count])
-    characters.write(tmp_path, 4, characters.fonts_in([FONTS]))
+    characters.write(tmp_path, 4, characters.fonts_in(FONTS))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(before) == 4
     characters.write(tmp_path, 4, [])
@@ -77,6 +77,6 @@ def test_missing_fonts_and_too_many_classes_are_refused_in_one_line(
     with pytest.raises(
         ValueError, match=r"^expected the fonts .* package of DejaVuSans.ttf package of [^\n]*$"
     ):
-        characters.fonts_in([tmp_path])
+        characters.fonts_in(tmp_path)
     with pytest.raises(ValueError, match=r"^classes must be at most 0, received 3$"):  # none has Chinese ones
-        characters.characters_of(characters.fonts_in([FONTS]), 3)
+        characters.characters_of(characters.fonts_in(FONTS), 3)
