@@ -1,12 +1,12 @@
 """The ablation again, from trained weights and with a teacher: what gates gain over a network as thin.
 
 ``python benchmarks/ablation/from_trained.py`` trains what is not yet in ``from_trained``, seed by seed, and
-writes the tables and the figure of the guide. Every network of a series is taught by the same one, a ResNet
-of width 16. Networks with gates start from its weights and are trained for as many epochs again; its rivals
-are thinner networks without gates, which have all these epochs for themselves. Finished runs are small
-files, so that it can be interrupted at any time. ``--times`` measures how long an image takes in the
-networks that were trained here, with one thread, all in turn, and keeps that with their results.
-``--summary`` trains nothing.
+writes the tables and the figures of the guide. Every network of a series is taught by the same one. Networks
+with gates start from its weights and are trained for as many epochs again; its rivals are thinner networks
+without gates, which have all these epochs for themselves, as have networks with gates that start from random
+weights. Finished runs are small files, so that it can be interrupted at any time. ``--times`` measures how
+long an image takes in the networks that were trained here, with one thread, all in turn, and keeps that with
+their results. ``--summary`` trains nothing.
 
 Fashion-MNIST is the series that is trained without an argument. Those on CIFAR-10, where width counts for
 more, need the binary version of the data, in ``--data-folder`` or by ``--download``. Those on Chinese
@@ -51,11 +51,19 @@ from kept import by_arm, is_finished, keep
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PAGE = ROOT / "docs" / "channel_gating.md"
+FIGURES = ROOT / "docs" / "figures"
 RESULTS = HERE / "from_trained"
 FOLDERS = ROOT / "outputs" / "ablation-from-trained"
 
 TEACHER = "teacher"
-KINDS: dict[str, dict[str, Any]] = {"bas": {}, "l0": {"shaping": 0.0}, "groups": {"gates_per_layer": 8}}
+FRESH = "fresh"
+"""The kind of gates that does not start from the teacher's weights, and has all the epochs of its rivals."""
+KINDS: dict[str, dict[str, Any]] = {
+    "bas": {},
+    "l0": {"shaping": 0.0},
+    "groups": {"gates_per_layer": 8},
+    FRESH: {},
+}
 """The kinds of gates, and the settings in which each differs from the first."""
 NAMES = {
     TEACHER: "the teacher",
@@ -64,8 +72,8 @@ NAMES = {
     "l0": "gated, L0 only",
     "bas": "gated, batch-shaping",
     "groups": "gated, batch-shaping, eight gates a layer",
+    FRESH: "gated, batch-shaping, from random weights",
 }
-
 
 _BY_WIDTH = (TEACHER, "ungated")
 """The kinds of networks whose setting is a width."""
@@ -78,7 +86,8 @@ class Series:
     Attributes:
         data: name of the data set.
         network: name of the network.
-        epochs: epochs of the teacher, and again of a network with gates; its rivals have twice as many.
+        epochs: epochs of the teacher, and again of a network with gates that starts from it; all others have
+            twice as many.
         widths: widths of the rivals.
         budgets: shares of the teacher's multiply-adds.
         kinds: kinds of gates.
@@ -105,7 +114,6 @@ class Series:
         # The budget is asked for from the start: most epochs are then trained at the cost of the result.
         gated = {
             "width": self.width,
-            "epochs": self.epochs,
             "penalty": 5.0,
             "penalty_begin": 0.0,
             "penalty_end": 0.2,
@@ -113,7 +121,12 @@ class Series:
         return {
             TEACHER: {"gated": False, "width": self.width, "epochs": self.epochs},
             **{
-                f"{kind}-{budget}": {**gated, **KINDS[kind], "budget": budget}
+                f"{kind}-{budget}": {
+                    **gated,
+                    **KINDS[kind],
+                    "budget": budget,
+                    "epochs": (2 if kind == FRESH else 1) * self.epochs,
+                }
                 for budget in self.budgets
                 for kind in self.kinds
             },
@@ -150,17 +163,15 @@ SHARED = {
 }
 
 
-def _on_characters(
-    classes: int = 1000, network: str = "resnet8", width: int = 16, wider: tuple[int, ...] = ()
-) -> Series:
+def _on_characters(classes: int = 1000, network: str = "resnet8", width: int = 16) -> Series:
     """A point of the curve over width, depth and number of classes, at a quarter of the multiply-adds."""
     return Series(
         "idx",
         network,
         epochs=12,
-        widths=(3 * width // 8, width // 2, *wider),
+        widths=(3 * width // 8, width // 2),
         budgets=(0.25,),
-        kinds=("bas", "l0"),
+        kinds=("bas", "l0", FRESH),
         seeds=(0,),
         width=width,
         classes=classes,
@@ -175,15 +186,21 @@ SERIES = {
         epochs=6,
         widths=(6, 8, 10, 13),
         budgets=(0.25, 0.15, 0.4, 0.6),
-        kinds=("bas", "l0", "groups"),
+        kinds=("bas", "l0", "groups", FRESH),
         seeds=(0, 1, 2),
     ),
     "cifar10-resnet8": Series(
-        "cifar10", "resnet8", epochs=12, widths=(6, 8), budgets=(0.25,), kinds=("bas", "l0"), seeds=(0,)
+        "cifar10",
+        "resnet8",
+        epochs=12,
+        widths=(6, 8),
+        budgets=(0.25,),
+        kinds=("bas", "l0", FRESH),
+        seeds=(0,),
     ),
     "characters-10": _on_characters(classes=10),
     "characters-100": _on_characters(classes=100),
-    "characters-1000": _on_characters(wider=(10,)),
+    "characters-1000": _on_characters(),
     "characters-1000-width8": _on_characters(width=8),
     "characters-1000-width32": _on_characters(width=32),
     "characters-1000-resnet14": _on_characters(network="resnet14"),
@@ -218,7 +235,7 @@ def run(series: str, name: str, config: RunConfig, places: dict[str, Any]) -> st
     """Train, or go on, and keep what the report shows."""
     folder, teacher = FOLDERS / series / name, taught_by(name)
     if teacher is not None:
-        key = "start" if config.network.gated else "teacher"
+        key = "start" if config.network.gated and not name.startswith(FRESH) else "teacher"
         places = {**places, key: str(FOLDERS / series / teacher)}
     config = config.model_copy(update=places)
     result = resume(folder) if (folder / "config.yaml").exists() else train(config, folder)
@@ -314,68 +331,64 @@ def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
     return ablation.draw(arms, {kind: NAMES[kind] for kind in ("ungated", *KINDS)}, [0.4, 0.6, 0.8, 1, 1.5])
 
 
-def curve() -> tuple[str, Figure | None]:
-    """What gates gain over width, depth and number of classes: the table, and the figure if there is one."""
-    rows, points = [], []
+def curve() -> dict[tuple[int, int, int], dict[str, Any]]:
+    """The arms of each finished series on characters, by the number of classes, width and depth."""
+    found = {}
     for name, series in SERIES.items():
-        arms = results_of(name) if series.classes else {}
-        rivals = [arm for arm in arms if arm.startswith("ungated-")]
-        if TEACHER not in arms or len(rivals) < 2 or "bas-0.25" not in arms:
-            continue
-        depth = series.network.removeprefix("resnet")
-        above = {
-            kind: ablation.above_ungated(arms[f"{kind}-0.25"], arms)
-            for kind in series.kinds
-            if f"{kind}-0.25" in arms
-        }
-        points.append(((series.classes, series.width, int(depth)), above))
-        spent, accuracy, _ = ablation.point(arms["bas-0.25"])
-        narrow = ablation.point(arms["narrow-0.25"]) if "narrow-0.25" in arms else None
+        arms = results_of(name) if series.classes is not None else {}
+        if TEACHER in arms and all(f"ungated-{width}" in arms for width in series.widths):
+            depth = int(series.network.removeprefix("resnet"))
+            found[series.classes or 0, series.width, depth] = arms
+    return found
+
+
+def _above(arms: dict[str, Any], kind: str) -> float | None:
+    """Points of accuracy above ungated networks of the same cost, at a quarter of the teacher's."""
+    results = arms.get(f"{kind}-0.25")
+    return None if results is None else ablation.above_ungated(results, arms)
+
+
+def summarize_curve(found: dict[tuple[int, int, int], dict[str, Any]]) -> str:
+    """One row for each number of classes, width and depth."""
+    kinds = {
+        "narrow": "narrow inside",
+        "bas": "gates, from its weights",
+        "l0": "the same, L0 only",
+        FRESH: "gates, from random weights",
+    }
+    rows = []
+    for (classes, width, depth), arms in found.items():
+        accuracies = [ablation.point(arms[arm])[1] for arm in (TEACHER, f"ungated-{width // 2}")]
+        above = [_above(arms, kind) for kind in kinds]
         rows.append(
             [
-                str(series.classes),
-                f"ResNet-{depth}",
-                str(series.width),
-                f"{ablation.point(arms[TEACHER])[1]:.1f} at {ablation.point(arms[TEACHER])[0]:.2f}",
-                f"{accuracy - above['bas']:.1f}",
-                f"{narrow[1]:.1f} at {narrow[0]:.2f}" if narrow else "",
-                f"{accuracy:.1f} at {spent:.2f}",
-                f"{above['bas']:+.1f}",
-                f"{above['l0']:+.1f}" if "l0" in above else "",
+                *(str(classes), f"ResNet-{depth}", str(width)),
+                *(f"{accuracy:.1f}" for accuracy in accuracies),
+                *("" if value is None else f"{value:+.1f}" for value in above),
             ]
         )
-    header = [
-        "classes",
-        "network",
-        "width",
-        "the teacher",
-        "ungated, of the gates' cost",
-        "narrow inside",
-        "gated",
-    ]
-    return table([*header, "above ungated", "L0 only, above"], rows), _figure_of(points) if points else None
+    header = ["classes", "network", "width", "the teacher, %", "half as wide, %", *kinds.values()]
+    return table(header, rows)
 
 
-def _figure_of(points: list[tuple[tuple[int, int, int], dict[str, float]]]) -> Figure:
-    """Points above ungated, along each of classes, width and depth from the middle of them."""
-    middle = (1000, 16, 8)
-    names = ("classes", "width", "layers")
+def draw_curve(found: dict[tuple[int, int, int], dict[str, Any]]) -> Figure:
+    """Points above ungated networks of the same cost, along each axis through the middle of them."""
+    middle, names = (1000, 16, 8), ("classes", "width", "layers")
     with house_style():
-        figure = Figure(figsize=(7.6, 2.6), layout="constrained")
+        figure = Figure(figsize=(7.6, 2.8), layout="constrained")
         for k, (axes, name) in enumerate(zip(figure.subplots(1, 3, sharey=True), names, strict=True)):
-            others = [at for at in range(3) if at != k]
-            along = sorted((at, above) for at, above in points if all(at[o] == middle[o] for o in others))
-            for kind, marker in (("bas", "o"), ("l0", "v")):
-                shown = [(at[k], above[kind]) for at, above in along if kind in above]
-                axes.plot(*zip(*shown, strict=True), marker=marker, label=NAMES[kind])
+            along = sorted(at for at in found if all(at[o] == middle[o] for o in range(3) if o != k))
+            for kind, marker in (("bas", "o"), ("l0", "v"), (FRESH, "d"), ("narrow", "s")):
+                above = {at[k]: _above(found[at], kind) for at in along}
+                shown = {at: value for at, value in above.items() if value is not None}
+                axes.plot([*shown], [*shown.values()], marker=marker, label=NAMES[kind])
             axes.axhline(0, color="black", linewidth=0.8)
-            ticks = [at[k] for at, _ in along]
             axes.set(xscale="log", xlabel=name)
-            axes.xaxis.set_major_locator(FixedLocator(ticks))
+            axes.xaxis.set_major_locator(FixedLocator([at[k] for at in along]))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         figure.axes[0].set_ylabel("points above ungated")
-        figure.axes[1].legend(loc="lower right")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -410,11 +423,10 @@ def main() -> None:
         print(f"{series}\n{text}")
         if classes is None:
             write_table(PAGE, f"ablation from trained weights, {series}", text)
-    text, figure = curve()
-    write_table(PAGE, "ablation from trained weights, characters", text)
-    if figure is not None:
-        figure.savefig(ROOT / "docs" / "figures" / "ablation_over_sizes.svg")
-    draw(results_of("fashion-mnist")).savefig(ROOT / "docs" / "figures" / "ablation_from_trained.svg")
+    found = curve()
+    write_table(PAGE, "ablation from trained weights, characters", summarize_curve(found))
+    draw_curve(found).savefig(FIGURES / "ablation_over_sizes.svg")
+    draw(results_of("fashion-mnist")).savefig(FIGURES / "ablation_from_trained.svg")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +31,8 @@ def test_every_network_has_the_same_teacher_and_as_many_epochs_as_its_rivals(exp
         for name, config in runs.items():
             teacher = experiment.taught_by(name)
             assert (teacher is None) == name.startswith("teacher")
-            before = runs[teacher].epochs if teacher and config.network.gated else 0
+            starts = teacher is not None and config.network.gated and not name.startswith("fresh")
+            before = runs[teacher].epochs if starts else 0
             assert before + config.epochs == (1 if teacher is None else 2) * series.epochs
             assert teacher is None or runs[teacher].seed == config.seed
             assert config.train_images is None
@@ -85,3 +87,16 @@ def test_the_guide_shows_the_kept_results(experiment: ModuleType, series: str) -
     kept = experiment.results_of(series)
     assert kept
     assert experiment.summarize(series, kept) in (ROOT / "docs" / "channel_gating.md").read_text()
+
+
+def test_the_guide_shows_what_came_of_width_depth_and_classes(experiment: ModuleType) -> None:
+    found = experiment.curve()
+    assert {(10, 16, 8), (100, 16, 8), (1000, 16, 8), (1000, 32, 8)} <= {*found}
+    text = experiment.summarize_curve(found)
+    assert text in (ROOT / "docs" / "channel_gating.md").read_text()
+    arms = found[10, 16, 8]
+    # By hand: cheaper than half as wide, so on the line from there to three eighths.
+    (gated,), (thin,), (half,) = arms["bas-0.25"], arms["ungated-6"], arms["ungated-8"]
+    spent, low, high = (math.log(r["multiply_adds"]) for r in (gated, thin, half))
+    expected = thin["accuracy"] + (spent - low) / (high - low) * (half["accuracy"] - thin["accuracy"])
+    assert f"{100 * (gated['accuracy'] - expected):+.1f}" in text.splitlines()[2].split(" | ")[6]
