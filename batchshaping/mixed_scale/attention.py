@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Attend", "AttentionReplaced", "GatedAttention", "gated_softmax", "run_with_attention"]
+__all__ = [
+    "Attend",
+    "AttentionReplaced",
+    "AttentionSettings",
+    "GatedAttention",
+    "gated_softmax",
+    "run_with_attention",
+]
 
-Attend = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
-"""Attention as a function of queries, keys and values of shape (N, heads, tokens, width), and of settings:
-``dropout_p``, and ``scale`` or None for the usual one."""
+
+class AttentionSettings(TypedDict):
+    """What attention depends on beside its operands, by the names of ``F.scaled_dot_product_attention``."""
+
+    dropout_p: float
+    scale: float | None
+    """None for the usual one, the inverse root of the width."""
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionSettings], Tensor]
+"""Attention as a function of queries, keys and values of shape (N, heads, tokens, width), and of settings."""
 
 
 class _GatedSoftmax(torch.autograd.Function):
@@ -94,7 +109,9 @@ class GatedAttention(nn.Module):
     quadratic in the number of tokens, is counted apart from the rest of the block, which is linear.
     """
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, settings: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, settings: AttentionSettings
+    ) -> Tensor:
         """Of queries, keys and values of shape (N, heads, tokens, width), and gates of shape (N, tokens)."""
         gates = gates[:, None, None, :]
         if not (gates.requires_grad and torch.is_grad_enabled()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from batchshaping.gates.cost import Run, is_measuring
 from batchshaping.gates.gate import Gate, whole_number
-from batchshaping.mixed_scale.attention import GatedAttention, run_with_attention
+from batchshaping.mixed_scale.attention import AttentionSettings, GatedAttention, run_with_attention
 from batchshaping.mixed_scale.cost import TokenTerm
 from batchshaping.mixed_scale.gate import ScaleGate
 from batchshaping.mixed_scale.packed import PACKINGS, Sequences, through
@@ -153,7 +153,7 @@ class MSViT(nn.Module):
         return f"coarse={self.coarse}"
 
     def _through_blocks(self, vit: ViTAdapter, tokens: Tensor, on: Tensor) -> Tensor:
-        def attend(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
             attended: Tensor = self.attention(query, key, value, on, settings)
             return attended
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchshaping.mixed_scale.attention import run_with_attention
+from batchshaping.mixed_scale.attention import AttentionSettings, run_with_attention
 
 __all__ = ["PACKINGS", "Sequences", "through"]
 
@@ -75,7 +75,7 @@ def _flat(tokens: Tensor, sequences: Sequences, blocks: Blocks) -> Tensor:
     variable = _variable_length_attention(tokens.device)
     starts = torch.tensor([0, *sequences.lengths], device=tokens.device).cumsum(0).int()
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         if variable is not None and query.dtype in (torch.float16, torch.bfloat16):
             packed = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
             longest = sequences.lengths[-1]
@@ -107,7 +107,7 @@ def _padded(tokens: Tensor, sequences: Sequences, blocks: Blocks) -> Tensor:
     batch[is_token] = tokens
     mask = is_token[:, None, None, :]
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
 
     for block in blocks:

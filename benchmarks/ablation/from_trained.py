@@ -75,6 +75,9 @@ NAMES = {
     FRESH: "gated, batch-shaping, from random weights",
 }
 
+QUARTER = 0.25
+"""Share of multiply-adds in the series on characters, and of inner channels in what is narrow inside."""
+
 _BY_WIDTH = (TEACHER, "ungated")
 """The kinds of networks whose setting is a width."""
 
@@ -170,12 +173,12 @@ def _on_characters(classes: int = 1000, network: str = "resnet8", width: int = 1
         network,
         epochs=12,
         widths=(3 * width // 8, width // 2),
-        budgets=(0.25,),
+        budgets=(QUARTER,),
         kinds=("bas", "l0", FRESH),
         seeds=(0,),
         width=width,
         classes=classes,
-        inner=(0.25,),
+        inner=(QUARTER,),
     )
 
 
@@ -194,7 +197,7 @@ SERIES = {
         "resnet8",
         epochs=12,
         widths=(6, 8),
-        budgets=(0.25,),
+        budgets=(QUARTER,),
         kinds=("bas", "l0", FRESH),
         seeds=(0,),
     ),
@@ -335,16 +338,17 @@ def curve() -> dict[tuple[int, int, int], dict[str, Any]]:
     """The arms of each finished series on characters, by the number of classes, width and depth."""
     found = {}
     for name, series in SERIES.items():
-        arms = results_of(name) if series.classes is not None else {}
+        if series.classes is None:
+            continue
+        arms = results_of(name)
         if TEACHER in arms and all(f"ungated-{width}" in arms for width in series.widths):
-            depth = int(series.network.removeprefix("resnet"))
-            found[series.classes or 0, series.width, depth] = arms
+            found[series.classes, series.width, int(series.network.removeprefix("resnet"))] = arms
     return found
 
 
 def _above(arms: dict[str, Any], kind: str) -> float | None:
     """Points of accuracy above ungated networks of the same cost, at a quarter of the teacher's."""
-    results = arms.get(f"{kind}-0.25")
+    results = arms.get(f"{kind}-{QUARTER}")
     return None if results is None else ablation.above_ungated(results, arms)
 
 
