@@ -8,7 +8,7 @@ run := $(VENV)/bin/python -m
 env := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: ablation ablation-quick bench browser help env demo figures guide inference mixed-scale test lint types unit notebooks docs format clean
+.PHONY: ablation ablation-quick bench browser help env demo figures guide inference mixed-scale test tests lint types unit notebooks docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,9 +25,12 @@ figures: $(env) ## Repeat the published runs: print their losses, draw them into
 pytest := OMP_NUM_THREADS=1 $(run) pytest
 workers := -n logical --maxprocesses 4 --dist worksteal --durations 25
 
-# Two at a time, since each takes one core. The tests come last: their last line says what could not be checked.
+# Two at a time, since the first three take one core each. The tests come last and end last: their last line says what
+# could not be checked.
 test: $(env) browser ## Run every check
-	@$(MAKE) --no-print-directory --jobs 2 docs types lint
+	@$(MAKE) --no-print-directory --jobs 2 types lint docs tests
+
+tests: $(env)
 	$(pytest) $(workers)
 
 lint: $(env) ## Check style and formatting (ruff)

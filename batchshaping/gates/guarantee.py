@@ -50,6 +50,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -316,15 +317,21 @@ def p_value_of_loss(
     """
     k, disagreements = lost - gained, lost + gained
     reserve = level / 20
-    highest = 1.0
-    if disagreements < examples:
-        a, b = _doubles(disagreements + 1.0, examples - disagreements)
-        highest = betaincinv(a, b, *_doubles(1 - reserve)).item()
-    q = max(highest, accuracy_loss)
+    q = max(_highest_share(disagreements, examples, 1 - reserve), accuracy_loss)
     lowest_mode = math.floor((examples - 1) * accuracy_loss * (1 - 1e-12))  # rounded down at least
     if q > 0.5 or k >= lowest_mode:
         return 1.0
     return min(1.0, _left_tail(k, examples, q, accuracy_loss) + reserve + _ROUNDING)
+
+
+@lru_cache(maxsize=1024)
+def _highest_share(count: int, examples: int, confidence: float) -> float:
+    """The upper confidence bound of a share of which a number of examples is known (Clopper and Pearson)."""
+    # Kept, since it takes most of the time, and shifts that follow each other often disagree alike.
+    if count == examples:
+        return 1.0
+    a, b = _doubles(count + 1.0, examples - count)
+    return float(betaincinv(a, b, *_doubles(confidence)))
 
 
 _ROUNDING = 1e-9
