@@ -142,7 +142,7 @@ def draw(
     with house_style():
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for (kind, label), marker in zip(kinds.items(), "svodP"[: len(kinds)], strict=True):
+        for (kind, label), marker in zip(kinds.items(), "svodPX^"[: len(kinds)], strict=True):
             points = sorted(point(results) for arm, results in arms.items() if arm.startswith(f"{kind}-"))
             if not points:
                 continue

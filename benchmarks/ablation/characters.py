@@ -3,7 +3,8 @@
 ``python benchmarks/ablation/characters.py --classes 1000`` draws the characters and writes them as IDX files,
 which ``--data idx`` reads. Training images are drawn in other fonts than test images. Each is noisy, of its
 own size, place, slant and contrast. There are as many images whatever the number of classes, and the first
-characters of a larger set are those of a smaller one.
+characters of a larger set are those of a smaller one. ``from_trained.py`` also mixes them with the clothes of
+Fashion-MNIST.
 
 The fonts are files of Debian's packages, which this file lists; install them, or unpack them into a folder.
 """
@@ -14,12 +15,15 @@ import argparse
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from batchshaping.storage.files import replaced
+from batchshaping.training.data import Data, load_data
+from batchshaping.training.sections import DataSettings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -54,6 +58,8 @@ PACKAGES = {
 TEST_FONTS = 5
 SIDE = 28
 TRAIN_IMAGES, TEST_IMAGES = 40_000, 10_000
+LAST = "t10k-labels-idx1-ubyte"
+"""The file that is written last."""
 
 
 def fonts_in(folder: Path) -> list[Path]:
@@ -119,22 +125,48 @@ def labels_of(classes: int, fonts: int, images: int) -> NDArray[np.int16]:
 
 def write(folder: Path, classes: int, fonts: Sequence[Path]) -> None:
     """Write the images and their classes as IDX files, where they are missing."""
-    last = folder / "t10k-labels-idx1-ubyte"
-    if last.exists():
+    if (folder / LAST).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     characters = characters_of(fonts, classes)
     parts = {"train": (fonts[:-TEST_FONTS], TRAIN_IMAGES, 1), "t10k": (fonts[-TEST_FONTS:], TEST_IMAGES, 2)}
     for part, (of_part, images, seed) in parts.items():
         drawn = draw(characters, of_part, images, seed)
-        labels = labels_of(classes, len(of_part), images)
-        content = {
-            f"{part}-images-idx3-ubyte": _header(0x08, drawn.shape) + drawn.tobytes(),
-            f"{part}-labels-idx1-ubyte": _header(0x0B, labels.shape) + labels.astype(">i2").tobytes(),
-        }
-        for name, values in content.items():
-            with replaced(folder / name) as partial:
-                partial.write_bytes(values)
+        _write_part(folder, part, drawn, labels_of(classes, len(of_part), images))
+
+
+def write_with_clothes(folder: Path, drawn: Path, clothes: Data) -> None:
+    """Write images of two kinds, where they are missing: as many as were drawn, half of them clothes.
+
+    Args:
+        folder: where the IDX files are written.
+        drawn: the folder of the characters, whose labels come after those of the clothes.
+        clothes: the images of Fashion-MNIST.
+    """
+    if (folder / LAST).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    characters = load_data(DataSettings(data="idx", data_folder=drawn))
+    first = len(clothes.classes)
+    for part, kinds, count in (
+        ("train", (clothes.train, characters.train), TRAIN_IMAGES // 2),
+        ("t10k", (clothes.test, characters.test), TEST_IMAGES // 2),
+    ):
+        chosen = [kind.__getitems__(random.permutation(len(kind))[:count].tolist()) for kind in kinds]
+        images = np.concatenate([images[:, 0].numpy() for images, _ in chosen])
+        labels = np.concatenate([first * k + labels.numpy() for k, (_, labels) in enumerate(chosen)])
+        _write_part(folder, part, images, labels)
+
+
+def _write_part(folder: Path, part: str, images: NDArray[np.uint8], labels: NDArray[Any]) -> None:
+    content = {
+        f"{part}-images-idx3-ubyte": _header(0x08, images.shape) + images.tobytes(),
+        f"{part}-labels-idx1-ubyte": _header(0x0B, labels.shape) + labels.astype(">i2").tobytes(),
+    }
+    for name, values in content.items():
+        with replaced(folder / name) as partial:
+            partial.write_bytes(values)
 
 
 def _header(kind: int, shape: tuple[int, ...]) -> bytes:

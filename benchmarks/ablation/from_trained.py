@@ -11,7 +11,8 @@ their results. ``--summary`` trains nothing.
 Fashion-MNIST is the series that is trained without an argument. Those on CIFAR-10, where width counts for
 more, need the binary version of the data, in ``--data-folder`` or by ``--download``. Those on Chinese
 characters ask at which width, depth and number of classes gates begin to win; they need the fonts that
-``characters.py`` lists, in ``--fonts``.
+``characters.py`` lists, in ``--fonts``. That on clothes and characters, half of each, asks what gates gain
+where images differ in kind; it needs both.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from batchshaping.figures.style import house_style
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.gate import Gate
 from batchshaping.training.config import RunConfig
+from batchshaping.training.data import load_data
 from batchshaping.training.latency import seconds_of_images
 from batchshaping.training.run import load_run, read_result, resume, train
+from batchshaping.training.sections import DataSettings
 from batchshaping.training.threads import using_threads
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,12 +60,14 @@ FOLDERS = ROOT / "outputs" / "ablation-from-trained"
 
 TEACHER = "teacher"
 FRESH = "fresh"
-"""The kind of gates that does not start from the teacher's weights, and has all the epochs of its rivals."""
+"""How the kinds of gates begin that do not start from the teacher's weights: they have all the epochs of
+their rivals."""
 KINDS: dict[str, dict[str, Any]] = {
     "bas": {},
     "l0": {"shaping": 0.0},
     "groups": {"gates_per_layer": 8},
     FRESH: {},
+    f"{FRESH}_l0": {"shaping": 0.0},
 }
 """The kinds of gates, and the settings in which each differs from the first."""
 NAMES = {
@@ -73,7 +78,11 @@ NAMES = {
     "bas": "gated, batch-shaping",
     "groups": "gated, batch-shaping, eight gates a layer",
     FRESH: "gated, batch-shaping, from random weights",
+    f"{FRESH}_l0": "gated, L0 only, from random weights",
 }
+
+CLOTHES = 10
+"""Number of classes of clothes, which come first where there are also characters."""
 
 QUARTER = 0.25
 """Share of multiply-adds in the series on characters, and of inner channels in what is narrow inside."""
@@ -97,6 +106,7 @@ class Series:
         seeds: seeds.
         width: width of the teacher and of the networks with gates.
         classes: number of Chinese characters, where these are the data.
+        clothes: whether half of the images are those of Fashion-MNIST instead.
         inner: shares of inner channels of rivals as wide as the teacher, but narrow inside their blocks: of
             the form that gates give, without gates.
     """
@@ -110,6 +120,7 @@ class Series:
     seeds: tuple[int, ...]
     width: int = 16
     classes: int | None = None
+    clothes: bool = False
     inner: tuple[float, ...] = ()
 
     def arms(self) -> dict[str, dict[str, Any]]:
@@ -128,7 +139,7 @@ class Series:
                     **gated,
                     **KINDS[kind],
                     "budget": budget,
-                    "epochs": (2 if kind == FRESH else 1) * self.epochs,
+                    "epochs": (2 if kind.startswith(FRESH) else 1) * self.epochs,
                 }
                 for budget in self.budgets
                 for kind in self.kinds
@@ -208,6 +219,18 @@ SERIES = {
     "characters-1000-width32": _on_characters(width=32),
     "characters-1000-resnet14": _on_characters(network="resnet14"),
     "characters-1000-resnet20": _on_characters(network="resnet20"),
+    "clothes-and-characters": Series(
+        "idx",
+        "resnet8",
+        epochs=12,
+        widths=(6, 8),
+        budgets=(0.25, 0.15),
+        kinds=(FRESH, f"{FRESH}_l0"),
+        seeds=(0, 1, 2),
+        classes=100,
+        clothes=True,
+        inner=(0.25, 0.15),
+    ),
 }
 
 
@@ -244,10 +267,29 @@ def run(series: str, name: str, config: RunConfig, places: dict[str, Any]) -> st
     result = resume(folder) if (folder / "config.yaml").exists() else train(config, folder)
     result["config"] |= {key: PLACES[key] for key in places}
     result["least"] = result["most"] = []
+    if SERIES[series].clothes:
+        result["by_kind"] = by_kind(result["by_class"])
     if SERIES[series].classes is not None:  # a thousand of them, one by one, are a megabyte
         result["classes"] = result["by_class"] = []
     keep(result, path_of(series, name))
     return f"{series}, {name}: {result['accuracy']:.2%} at {result['multiply_adds'] / 1e6:.3f} M"
+
+
+def by_kind(by_class: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures of all clothes and of all characters; those of each class are means over its images."""
+    found = {}
+    for kind, classes in {"clothes": by_class[:CLOTHES], "characters": by_class[CLOTHES:]}.items():
+        examples = torch.tensor([figures["examples"] for figures in classes], dtype=torch.double)
+        weights = examples / examples.sum()
+
+        def mean(values: list[Any], weights: Tensor = weights) -> list[float]:
+            return (weights @ torch.tensor(values, dtype=torch.double).reshape(len(weights), -1)).tolist()
+
+        found[kind] = {
+            **{name: mean([each[name] for each in classes])[0] for name in ("accuracy", "multiply_adds")},
+            "open": [mean([*layer]) for layer in zip(*(each["open"] for each in classes), strict=True)],
+        }
+    return found
 
 
 def path_of(series: str, name: str) -> Path:
@@ -311,6 +353,7 @@ def summarize(series: str, arms: dict[str, list[dict[str, Any]]]) -> str:
     for arm, results in arms.items():
         kind, _, setting = arm.partition("-")
         gates = [result["gates"] for result in results if result["gates"]]
+        compared = kind not in _BY_WIDTH
         times = [result["milliseconds"] for result in results if "milliseconds" in result]
         rows.append(
             [
@@ -319,7 +362,7 @@ def summarize(series: str, arms: dict[str, list[dict[str, Any]]]) -> str:
                 str(len(results)),
                 ablation.spread([result["multiply_adds"] / 1e6 for result in results], 3),
                 ablation.spread([100 * result["accuracy"] for result in results], 2),
-                f"{ablation.above_ungated(results, arms):+.1f}" if gates and len(rivals) > 1 else "",
+                f"{ablation.above_ungated(results, arms):+.1f}" if compared and len(rivals) > 1 else "",
                 ablation.spread([100 * gate["conditional"] for gate in gates], 0) if gates else "",
                 ablation.spread([100 * gate["always_off"] for gate in gates], 0) if gates else "",
                 ablation.spread(times, 2) if times else "",
@@ -331,14 +374,37 @@ def summarize(series: str, arms: dict[str, list[dict[str, Any]]]) -> str:
 
 def draw(arms: dict[str, list[dict[str, Any]]]) -> Figure:
     """Accuracy against multiply-adds, with the standard deviation over seeds."""
-    return ablation.draw(arms, {kind: NAMES[kind] for kind in ("ungated", *KINDS)}, [0.4, 0.6, 0.8, 1, 1.5])
+    kinds = {kind: NAMES[kind] for kind in ("ungated", "narrow", *KINDS)}
+    return ablation.draw(arms, kinds, [0.4, 0.6, 0.8, 1, 1.5])
+
+
+def draw_kinds(result: dict[str, Any]) -> Figure:
+    """For how many images of each kind each gate is open, layer by layer, in the order of the difference.
+
+    Args:
+        result: of one network with gates, on clothes and characters.
+    """
+    kinds = result["by_kind"]
+    layers = [*zip(*(figures["open"] for figures in kinds.values()), strict=True)]
+    with house_style():
+        figure = Figure(figsize=(7.6, 1.8), layout="constrained")
+        panels = figure.subplots(1, len(layers), width_ratios=[len(layer[0]) for layer in layers])
+        for k, (axes, layer) in enumerate(zip(panels, layers, strict=True)):
+            order = sorted(zip(*layer, strict=True), key=lambda gate: gate[1] - gate[0])
+            image = axes.imshow([*zip(*order, strict=True)], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            axes.set(title=f"layer {k + 1}", xlabel=f"{len(order)} gates", xticks=[], yticks=[])
+            axes.grid(visible=False)
+        panels[0].set_yticks(range(len(kinds)), [*kinds])
+        bar = figure.colorbar(image, ax=[*panels], ticks=[0, 0.5, 1])
+        bar.set_label("open for a share\nof the images")
+    return figure
 
 
 def curve() -> dict[tuple[int, int, int], dict[str, Any]]:
-    """The arms of each finished series on characters, by the number of classes, width and depth."""
+    """The arms of each finished series on characters alone, by the number of classes, width and depth."""
     found = {}
     for name, series in SERIES.items():
-        if series.classes is None:
+        if series.classes is None or series.clothes:
             continue
         arms = results_of(name)
         if TEACHER in arms and all(f"ungated-{width}" in arms for width in series.widths):
@@ -396,6 +462,24 @@ def draw_curve(found: dict[tuple[int, int, int], dict[str, Any]]) -> Figure:
     return figure
 
 
+def make_data(series: Series, fonts: Path, clothes: dict[str, Any]) -> Path:
+    """The folder of the images of a series on characters, which are drawn if they are missing.
+
+    Args:
+        series: the series.
+        fonts: the folder of the fonts.
+        clothes: where Fashion-MNIST is, or whether to download it, where the series has clothes.
+    """
+    assert series.classes is not None
+    folder = ROOT / "outputs" / f"characters-{series.classes}"
+    characters.write(folder, series.classes, characters.fonts_in(fonts))
+    if not series.clothes:
+        return folder
+    mixed = folder.with_name(f"clothes-and-characters-{series.classes}")
+    characters.write_with_clothes(mixed, folder, load_data(DataSettings(data="fashion-mnist", **clothes)))
+    return mixed
+
+
 def main() -> None:
     """Run what is missing and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -412,10 +496,8 @@ def main() -> None:
         places = {"data_folder": arguments.data_folder, "download": arguments.download}
         (RESULTS / series).mkdir(parents=True, exist_ok=True)
         wanted = dict(SERIES[series].runs())
-        classes = SERIES[series].classes
-        if classes is not None and not arguments.summary:
-            places = {"data_folder": str(ROOT / "outputs" / f"characters-{classes}")}
-            characters.write(Path(places["data_folder"]), classes, characters.fonts_in(arguments.fonts))
+        if SERIES[series].classes is not None and not arguments.summary:
+            places = {"data_folder": str(make_data(SERIES[series], arguments.fonts, places))}
         with using_threads(1):
             for name, config in wanted.items():
                 if not arguments.summary and not finished(path_of(series, name), config):
@@ -425,12 +507,15 @@ def main() -> None:
         arms = results_of(series)
         text = summarize(series, arms)
         print(f"{series}\n{text}")
-        if classes is None:
+        if SERIES[series].classes is None or SERIES[series].clothes:
             write_table(PAGE, f"ablation from trained weights, {series}", text)
     found = curve()
     write_table(PAGE, "ablation from trained weights, characters", summarize_curve(found))
     draw_curve(found).savefig(FIGURES / "ablation_over_sizes.svg")
     draw(results_of("fashion-mnist")).savefig(FIGURES / "ablation_from_trained.svg")
+    two_kinds = results_of("clothes-and-characters")
+    draw(two_kinds).savefig(FIGURES / "ablation_two_kinds.svg")
+    draw_kinds(two_kinds[f"{FRESH}-{QUARTER}"][0]).savefig(FIGURES / "ablation_two_kinds_gates.svg")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_outputs_stay_and_so_do_those_of_an_inference_copy(name: str, gates: int
 
 @pytest.mark.parametrize("name", LARGE)
 def test_published_architectures_give_the_same(name: str) -> None:
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     network = with_static_gates(make(name), x)
     pruned, _ = prune_static_gates(network, [x])
     assert_same(network, pruned, x)
@@ -99,7 +99,7 @@ def test_published_architectures_give_the_same(name: str) -> None:
 @pytest.mark.parametrize("gates", [1, None])
 @pytest.mark.parametrize("name", TIMM)
 def test_networks_of_timm_give_the_same(name: str, gates: int | None) -> None:
-    x = torch.randn(4, 3, 64, 64)
+    x = torch.randn(4, 3, 32, 32)
     network = with_static_gates(bs.gate_resnet(make_timm(name), gates_per_layer=gates).eval(), x, seed=4)
     pruned, _ = prune_static_gates(network, [x])
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in network.parameters())

@@ -38,12 +38,21 @@ def test_every_network_has_the_same_teacher_and_as_many_epochs_as_its_rivals(exp
             assert config.train_images is None
 
 
-def test_the_kinds_of_gates_differ_by_one_setting(experiment: ModuleType) -> None:
-    series = experiment.SERIES["fashion-mnist"]
+@pytest.mark.parametrize(
+    ("name", "first", "others"),
+    [
+        ("fashion-mnist", "bas", {"l0": "shaping", "groups": "gates_per_layer", "fresh": "epochs"}),
+        ("clothes-and-characters", "fresh", {"fresh_l0": "shaping"}),
+    ],
+)
+def test_the_kinds_of_gates_differ_by_one_setting(
+    experiment: ModuleType, name: str, first: str, others: dict[str, str]
+) -> None:
+    series = experiment.SERIES[name]
     runs = dict(series.runs())
     for budget in series.budgets:
-        shaped = runs[f"bas-{budget}-seed0"].model_dump()
-        for kind, setting in {"l0": "shaping", "groups": "gates_per_layer"}.items():
+        shaped = runs[f"{first}-{budget}-seed0"].model_dump()
+        for kind, setting in others.items():
             other = runs[f"{kind}-{budget}-seed0"].model_dump()
             assert {name for name in shaped if shaped[name] != other[name]} == {setting}
 
@@ -82,11 +91,34 @@ def test_every_way_to_compute_a_network_gives_the_same(experiment: ModuleType) -
         torch.testing.assert_close(way(images), gated(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("series", ["fashion-mnist", "cifar10-resnet8"])
+@pytest.mark.parametrize("series", ["fashion-mnist", "cifar10-resnet8", "clothes-and-characters"])
 def test_the_guide_shows_the_kept_results(experiment: ModuleType, series: str) -> None:
     kept = experiment.results_of(series)
     assert kept
     assert experiment.summarize(series, kept) in (ROOT / "docs" / "channel_gating.md").read_text()
+
+
+def test_the_figures_of_a_kind_are_those_of_its_images(experiment: ModuleType) -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(13, (500,), generator=random)
+    right, spent = torch.rand(500, generator=random) < 0.8, torch.rand(500, generator=random)
+    decided = torch.rand(500, 5, generator=random) < 0.3
+    by_class = [
+        {
+            "examples": int((labels == k).sum()),
+            "accuracy": right[labels == k].double().mean().item(),
+            "multiply_adds": spent[labels == k].double().mean().item(),
+            "open": [part.tolist() for part in decided[labels == k].double().mean(dim=0).split([2, 3])],
+        }
+        for k in range(13)
+    ]
+    found = experiment.by_kind(by_class)
+    for kind, of_kind in {"clothes": labels < 10, "characters": labels >= 10}.items():
+        assert found[kind]["accuracy"] == pytest.approx(right[of_kind].double().mean().item())
+        assert found[kind]["multiply_adds"] == pytest.approx(spent[of_kind].double().mean().item())
+        expected = decided[of_kind].double().mean(dim=0).tolist()
+        assert [len(layer) for layer in found[kind]["open"]] == [2, 3]
+        assert [share for layer in found[kind]["open"] for share in layer] == pytest.approx(expected)
 
 
 def test_the_guide_shows_what_came_of_width_depth_and_classes(experiment: ModuleType) -> None:

@@ -8,10 +8,12 @@ from types import ModuleType
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from scripts import load_script
 
-from batchshaping.training.data import load_data
+from batchshaping.training.data import ImagesInMemory, load_data
+from batchshaping.training.data.dataset import data_in_memory
 from batchshaping.training.sections import DataSettings
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,31 @@ def test_what_is_written_is_not_drawn_again(
     assert len(before) == 4
     characters.write(tmp_path, 4, [])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_half_of_the_images_of_two_kinds_are_clothes_whose_classes_come_first(
+    characters: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(characters, "characters_of", lambda fonts, count: LETTERS[:count])
+    characters.write(tmp_path / "drawn", 4, characters.fonts_in(FONTS))
+    # What is worn in class k is k everywhere.
+    labels = torch.arange(300) % 3
+    worn = ImagesInMemory(labels.byte()[:, None, None, None].expand(-1, 1, 28, 28), labels)
+    clothes = data_in_memory(worn, worn, "abc", padding=2, flip=True)
+    characters.write_with_clothes(tmp_path / "mixed", tmp_path / "drawn", clothes)
+    drawn, mixed = (load_data(DataSettings(data="idx", data_folder=tmp_path / n)) for n in ("drawn", "mixed"))
+    assert mixed.classes == tuple("0123456")
+    for part, source, count in ((mixed.train, drawn.train, 160), (mixed.test, drawn.test, 80)):
+        images, labels = part.__getitems__(range(len(part)))
+        assert len(labels) == count and (labels < 3).sum() == count // 2
+        assert (images[labels < 3] == labels[labels < 3].reshape(-1, 1, 1, 1)).all()
+        pixels, of_drawn = source.__getitems__(range(len(source)))
+        known = {(p.numpy().tobytes(), int(k) + 3) for p, k in zip(pixels, of_drawn, strict=True)}
+        chosen = [(p.numpy().tobytes(), int(k)) for p, k in zip(images, labels, strict=True) if k >= 3]
+        assert len({*chosen}) == count // 2 and {*chosen} <= known
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mixed").iterdir()}
+    characters.write_with_clothes(tmp_path / "mixed", tmp_path / "missing", clothes)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mixed").iterdir()} == before
 
 
 def test_missing_fonts_and_too_many_classes_are_refused_in_one_line(
