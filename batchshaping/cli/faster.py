@@ -70,8 +70,8 @@ def faster(
     network without gates, exported (**model.onnx**) and shown as a page (**report.html**). The folder is that
     of a run, which the other commands take. The same command goes on after an interruption.
 
-    Example: **batchshaping train --no-gated --width 64 --epochs 15 --output outputs/digits**; **batchshaping
-    faster outputs/digits --budget 0.35 --epochs 20**
+    Example: **batchshaping train --no-gated --width 64 --epochs 10 --output outputs/digits**; **batchshaping
+    faster outputs/digits --budget 0.3 --epochs 12**
     """
     given: dict[str, Any] = {}
     for setting in settings or []:
