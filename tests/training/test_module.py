@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -422,8 +421,7 @@ def numbers(value: Any) -> list[float]:
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("settings", [{}], ids=["two ranks"])
-def test_two_ranks_follow_the_loss_curve_of_one_process(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_follow_the_loss_curve_of_one_process() -> None:
     config = with_settings(
         precision="64",
         augment=False,
@@ -432,7 +430,6 @@ def test_two_ranks_follow_the_loss_curve_of_one_process(settings: dict[str, Any]
         budget=0.6,
         learning_rate=0.02,
         log_every=1,
-        **settings,
     )
     expected, history, weights = curve(config)
     assert len(expected) == 40
