@@ -21,11 +21,9 @@ demo: $(env) ## Train a small gated network on handwritten digits, with and with
 figures: $(env) ## Repeat the published runs: print their losses, draw them into outputs/
 	$(run) batchshaping.experiments.published outputs
 
-# One thread a worker: torch would otherwise start one a core in each of them. One worker more than there are cores, since
-# some tests wait: for a browser, for other processes.
+# One thread a worker: torch would otherwise start one a core in each of them. More workers than cores would be slower.
 pytest := OMP_NUM_THREADS=1 $(run) pytest
-count = $(shell $(VENV)/bin/python -c 'import os; print(min(os.cpu_count() + 1, 4))')
-workers = -n $(count) --dist worksteal --durations 25
+workers := -n logical --maxprocesses 4 --dist worksteal --durations 25
 
 # Two at a time, since the first three take one core each. The tests come last and end last: their last line says what
 # could not be checked.

@@ -140,7 +140,7 @@ def draw(
 ) -> Figure:
     """Accuracy against multiply-adds, with the standard deviation over seeds, one curve a kind."""
     with house_style():
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
         for (kind, label), marker in zip(kinds.items(), "svodPX^"[: len(kinds)], strict=True):
             points = sorted(point(results) for arm, results in arms.items() if arm.startswith(f"{kind}-"))
@@ -156,7 +156,7 @@ def draw(
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
