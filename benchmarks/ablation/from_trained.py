@@ -5,8 +5,9 @@ writes the tables and the figures of the guide. Every network of a series is tau
 with gates start from its weights and are trained for as many epochs again; its rivals are thinner networks
 without gates, which have all these epochs for themselves, as have networks with gates that start from random
 weights. Finished runs are small files, so that it can be interrupted at any time. ``--times`` measures how
-long an image takes in the networks that were trained here, with one thread, all in turn, and keeps that with
-their results. ``--summary`` trains nothing.
+long an image takes in the networks that were trained here, with one thread, those of a seed in turn (all of
+them would be in each other's way in the cache), and keeps that with their results. ``--summary`` trains
+nothing.
 
 Fashion-MNIST is the series that is trained without an argument. Those on CIFAR-10, where width counts for
 more, need the binary version of the data, in ``--data-folder`` or by ``--download``. Those on Chinese
@@ -502,8 +503,9 @@ def main() -> None:
             for name, config in wanted.items():
                 if not arguments.summary and not finished(path_of(series, name), config):
                     print(run(series, name, config, places), flush=True)
-        if arguments.times:
-            measure_times(series, [n for n, c in wanted.items() if finished(path_of(series, n), c)])
+        for seed in SERIES[series].seeds if arguments.times else ():
+            done = [name for name, config in wanted.items() if finished(path_of(series, name), config)]
+            measure_times(series, [name for name in done if name.endswith(f"-seed{seed}")])
         arms = results_of(series)
         text = summarize(series, arms)
         print(f"{series}\n{text}")
