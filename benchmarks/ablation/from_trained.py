@@ -25,9 +25,11 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
@@ -123,6 +125,11 @@ class Series:
     classes: int | None = None
     clothes: bool = False
     inner: tuple[float, ...] = ()
+
+    @property
+    def is_on_curve(self) -> bool:
+        """Whether it is a point of the curve over width, depth and number of classes."""
+        return self.classes is not None and not self.clothes
 
     def arms(self) -> dict[str, dict[str, Any]]:
         """The settings of each arm that differ from those that all runs share: what teaches first."""
@@ -225,12 +232,12 @@ SERIES = {
         "resnet8",
         epochs=12,
         widths=(6, 8),
-        budgets=(0.25, 0.15),
+        budgets=(QUARTER, 0.15),
         kinds=(FRESH, f"{FRESH}_l0", "bas"),
         seeds=(0, 1, 2),
         classes=100,
         clothes=True,
-        inner=(0.25, 0.15),
+        inner=(QUARTER, 0.15),
     ),
 }
 
@@ -280,15 +287,10 @@ def by_kind(by_class: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The figures of all clothes and of all characters; those of each class are means over its images."""
     found = {}
     for kind, classes in {"clothes": by_class[:CLOTHES], "characters": by_class[CLOTHES:]}.items():
-        examples = torch.tensor([figures["examples"] for figures in classes], dtype=torch.double)
-        weights = examples / examples.sum()
-
-        def mean(values: list[Any], weights: Tensor = weights) -> list[float]:
-            return (weights @ torch.tensor(values, dtype=torch.double).reshape(len(weights), -1)).tolist()
-
+        mean = partial(np.average, axis=0, weights=[figures["examples"] for figures in classes])
         found[kind] = {
-            **{name: mean([each[name] for each in classes])[0] for name in ("accuracy", "multiply_adds")},
-            "open": [mean([*layer]) for layer in zip(*(each["open"] for each in classes), strict=True)],
+            **{name: float(mean([each[name] for each in classes])) for name in ("accuracy", "multiply_adds")},
+            "open": [mean(layer).tolist() for layer in zip(*(each["open"] for each in classes), strict=True)],
         }
     return found
 
@@ -405,7 +407,7 @@ def curve() -> dict[tuple[int, int, int], dict[str, Any]]:
     """The arms of each finished series on characters alone, by the number of classes, width and depth."""
     found = {}
     for name, series in SERIES.items():
-        if series.classes is None or series.clothes:
+        if not series.is_on_curve:
             continue
         arms = results_of(name)
         if TEACHER in arms and all(f"ungated-{width}" in arms for width in series.widths):
@@ -493,24 +495,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.series if name not in SERIES]:
         parser.error(f"series must be of {', '.join(SERIES)}, received {unknown[0]}")
-    for series in arguments.series:
-        places = {"data_folder": arguments.data_folder, "download": arguments.download}
-        (RESULTS / series).mkdir(parents=True, exist_ok=True)
-        wanted = dict(SERIES[series].runs())
-        if SERIES[series].classes is not None and not arguments.summary:
-            places = {"data_folder": str(make_data(SERIES[series], arguments.fonts, places))}
+    for name in arguments.series:
+        series, places = SERIES[name], {"data_folder": arguments.data_folder, "download": arguments.download}
+        (RESULTS / name).mkdir(parents=True, exist_ok=True)
+        if series.classes is not None and not arguments.summary:
+            places = {"data_folder": str(make_data(series, arguments.fonts, places))}
         with using_threads(1):
-            for name, config in wanted.items():
-                if not arguments.summary and not finished(path_of(series, name), config):
-                    print(run(series, name, config, places), flush=True)
-        for seed in SERIES[series].seeds if arguments.times else ():
-            done = [name for name, config in wanted.items() if finished(path_of(series, name), config)]
-            measure_times(series, [name for name in done if name.endswith(f"-seed{seed}")])
-        arms = results_of(series)
-        text = summarize(series, arms)
-        print(f"{series}\n{text}")
-        if SERIES[series].classes is None or SERIES[series].clothes:
-            write_table(PAGE, f"ablation from trained weights, {series}", text)
+            for of_run, config in series.runs():
+                if not arguments.summary and not finished(path_of(name, of_run), config):
+                    print(run(name, of_run, config, places), flush=True)
+        if arguments.times:
+            done = [of_run for of_run, config in series.runs() if finished(path_of(name, of_run), config)]
+            for seed in series.seeds:
+                measure_times(name, [of_run for of_run in done if of_run.endswith(f"-seed{seed}")])
+        text = summarize(name, results_of(name))
+        print(f"{name}\n{text}")
+        if not series.is_on_curve:
+            write_table(PAGE, f"ablation from trained weights, {name}", text)
     found = curve()
     write_table(PAGE, "ablation from trained weights, characters", summarize_curve(found))
     draw_curve(found).savefig(FIGURES / "ablation_over_sizes.svg")

@@ -80,18 +80,26 @@ def test_a_program_for_one_image_gives_the_same_with_its_own_gates(name: str, tm
     assert ("torch.ops.higher_order.cond" in program.graph_module.code) == (name in BRANCHES)
 
 
-@pytest.mark.parametrize(("name", "above"), [("basic", 0.0), ("bottleneck", 0.0), ("bottleneck", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "share", "above"),
+    [
+        *(("basic", 0.5, above) for above in (0.0, 1.0)),
+        *(("basic", 0.0, above) for above in (-1.0, 1.0)),
+        *(("bottleneck", 0.4, above) for above in (0.0, 1.0)),
+    ],
+)
 def test_any_gates_give_the_same_by_branches_and_by_all_channels(
-    name: str, above: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, share: float, above: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = NETWORKS[name]()
-    decide(network, share=0.4, seed=1)
+    decide(network, share, seed=1)
     monkeypatch.setattr(branches, "DENSE_ABOVE", above)
     x = torch.randn(1, 3, 32, 32)
     bs.export_onnx(bs.conditional_inference(network), tmp_path / "one.onnx", x)
     with torch.no_grad():
         assert_close(run_onnx(tmp_path / "one.onnx", x), network(x))
-    assert 0 < torch.cat(bs.gate_decisions(network), dim=1).mean() < 1
+    is_open = torch.cat(bs.gate_decisions(network), dim=1)
+    assert is_open.any() == (share > 0) and not is_open.all()
 
 
 def test_a_file_for_batches_takes_any_number_of_images(tmp_path: Path) -> None:
