@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchshaping.gates.channel import to_channels
+from batchshaping.gates.export import choose
 from batchshaping.gates.packed import PackedConvolution
 
 __all__ = ["DENSE_ABOVE", "MOST_BRANCHES", "BranchedLayer", "add_branches", "can_branch"]
@@ -106,8 +107,7 @@ def add_branches(
         [decided[:, : layer.gates] for layer, decided in zip(layers, gates, strict=True)], dim=1
     ).mean()
     operands = (x.contiguous(), other.contiguous(), *gates)
-    result: Tensor = torch.cond(share > DENSE_ABOVE, dense, sparse, operands)
-    return result
+    return choose(share > DENSE_ABOVE, dense, sparse, operands)
 
 
 def _part(x: Tensor, layer: BranchedLayer, channels: slice, is_open: Tensor | None) -> Tensor:
@@ -123,8 +123,7 @@ def _part(x: Tensor, layer: BranchedLayer, channels: slice, is_open: Tensor | No
         # Of the same shape; a number in a branch would be taken for one that changes.
         return torch.zeros_like(layer.compute(x, channels))
 
-    part: Tensor = torch.cond(is_open, opened, closed, (x,))
-    return part
+    return choose(is_open, opened, closed, (x,))
 
 
 def _added(
@@ -146,5 +145,4 @@ def _added(
 
     if is_open is None:
         return opened(y, x)
-    result: Tensor = torch.cond(is_open, opened, closed, (y, x))
-    return result
+    return choose(is_open, opened, closed, (y, x))

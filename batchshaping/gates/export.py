@@ -1,29 +1,53 @@
 """An inference copy as an ONNX file, with a branch for each gate around what it switches.
 
 ``torch.export`` follows an inference copy made by
-:func:`~batchshaping.gates.inference.conditional_inference`, and for one image makes branches of its gates.
-``torch.onnx`` writes them as ``If`` nodes. Here their weights are arranged as ONNX Runtime wants them: it
-packs weights that are constants within a branch, and none from outside.
+:func:`~batchshaping.gates.inference.conditional_inference`, and for one image makes branches of its gates
+(:func:`torch.cond`). Writing these as ONNX would take half a second or more for each. So for a file they are
+selections at first, of which :func:`~batchshaping.gates.onnx_graph.make_branches` makes branches.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["export_onnx"]
+from batchshaping.gates.onnx_graph import make_branches, make_constants
+
+__all__ = ["choose", "export_onnx"]
+
+_selects: ContextVar[bool] = ContextVar("selects", default=False)
+"""Whether a choice is exported as a selection between two results."""
+
+
+def choose(
+    condition: Tensor,
+    first: Callable[..., Tensor],
+    second: Callable[..., Tensor],
+    operands: Sequence[Tensor],
+) -> Tensor:
+    """One of two computations, as a branch of an exported program.
+
+    Args:
+        condition: whether it is the first, of no dimensions.
+        first: one computation.
+        second: the other one, which gives a tensor of the same shape.
+        operands: what both of them take.
+    """
+    if _selects.get():
+        return torch.where(condition, first(*operands), second(*operands))
+    result: Tensor = torch.cond(condition, first, second, tuple(operands))
+    return result
 
 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Tensor) -> None:
     """Write an inference copy as an ONNX file, whose closed gates save time for one image.
 
-    It needs ``pip install 'batchshaping[onnx]'``, and takes some seconds for each block. The file has one
+    It needs ``pip install 'batchshaping[onnx]'``, and takes a second or two for each block. The file has one
     input, ``images``, and gives what the copy gives up to rounding. Large weights are in it once.
 
     An example of one image makes a file for one image. In it there is an ``If`` for each gate, around the
@@ -60,6 +84,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Tensor)
     dynamic = None if len(example) == 1 else ({0: torch.export.Dim("batch", min=1)},)
     training = model.training
     model.eval()
+    selects = _selects.set(True)
     try:
         with torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
@@ -69,66 +94,10 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Tensor)
             f"model must be one that torch.export can follow, received a {type(model).__name__}: {reason}"
         ) from error
     finally:
+        _selects.reset(selects)
         model.train(training)
     written: Any = torch.onnx.export(program, dynamo=True, input_names=["images"], verbose=False)
     proto = written.model_proto
-    _make_constant_within_branches(proto.graph)
+    make_branches(proto.graph)
+    make_constants(proto.graph)
     onnx.save(proto, os.fspath(path))
-
-
-def _make_constant_within_branches(graph: Any) -> None:
-    """Let the weights of convolutions in branches be constants there, in place.
-
-    One that nothing else uses moves into the branch. Of one that others take slices of, the branch gets two
-    slices and puts them together, which a runtime does once: so a large weight is in the file once.
-    """
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    uses = Counter(name for inner in (graph, *_branches(graph)) for node in inner.node for name in node.input)
-    moved = set()
-    for branch in _branches(graph):
-        nodes, put_together = [*branch.node], {}
-        for node in nodes:
-            for k, name in enumerate(node.input):
-                if node.op_type != "Conv" or name not in weights:
-                    continue
-                if uses[name] == 1:
-                    branch.initializer.append(weights[name])
-                    moved.add(name)
-                else:
-                    node.input[k] = f"{name}.whole"
-                    put_together[name] = weights[name]
-        del branch.node[:]
-        branch.node.extend([*itertools.chain.from_iterable(map(_of_slices, put_together.values())), *nodes])
-    kept = [tensor for name, tensor in weights.items() if name not in moved]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
-def _branches(graph: Any) -> Iterator[Any]:
-    """The graphs of all branches, also of those within others."""
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield attribute.g
-                yield from _branches(attribute.g)
-
-
-def _of_slices(weight: Any) -> list[Any]:
-    """Nodes that put a weight together of two slices of it."""
-    from onnx import TensorProto, helper
-
-    def number(name: str, value: int) -> Any:
-        tensor = helper.make_tensor(name, TensorProto.INT64, [1], [value])
-        return helper.make_node("Constant", [], [name], value=tensor)
-
-    start, cut, end, first, second = (
-        f"{weight.name}.{part}" for part in ("start", "cut", "end", "first", "second")
-    )
-    return [
-        number(start, 0),
-        number(cut, 1),
-        number(end, weight.dims[0]),
-        helper.make_node("Slice", [weight.name, start, cut], [first]),
-        helper.make_node("Slice", [weight.name, cut, end], [second]),
-        helper.make_node("Concat", [first, second], [f"{weight.name}.whole"], axis=0),
-    ]
