@@ -34,7 +34,7 @@ FLOORS = [
         "cdf_relaxedbernoulli",
         "utils",
     },
-    {"utils", "viz_utils", "storage", "experiments", "figures", "training", "report", "cli"},
+    {"utils", "viz_utils", "storage", "experiments", "figures", "training", "report", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,10 +53,12 @@ def test_the_version_is_that_of_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["batchshaping", "--version"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0
-    assert capsys.readouterr().out == f"batchshaping {bs.__version__}\n"
+    as_a_module = partial(runpy.run_module, "batchshaping", run_name="__main__")
+    for command in (main, as_a_module):
+        with pytest.raises(SystemExit) as end:
+            command()
+        assert end.value.code == 0
+        assert capsys.readouterr().out == f"batchshaping {bs.__version__}\n"
 
 
 @pytest.mark.parametrize(
