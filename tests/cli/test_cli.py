@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import runpy
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
