@@ -17,7 +17,10 @@ settings.load_profile("batchshaping")
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    # torch.manual_seed would write a traceback for each kind of accelerator that is not in use.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,8 @@ def show_latency(measured: dict[str, Any]) -> None:
         ends = torch.tensor(seconds, dtype=torch.double).quantile(torch.tensor([0.5, 0.05, 0.95]).double())
         table.add_row(name, *(f"{1e3 * second:.3g}" for second in ends.tolist()))
     Console().print(table)
+    if not measured["machine"].get("native", True):
+        print("measured without native code, which needs a C compiler, such as gcc")
 
 
 def show_budgets(measured: dict[str, Any]) -> None:

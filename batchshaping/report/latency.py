@@ -73,10 +73,11 @@ def read_latency(result: Mapping[str, Any]) -> Latency | None:
         raise OutOfRangeError("a latency of other images")
     machine = measured["machine"]
     threads = number(machine["threads"])
+    without = "" if machine.get("native", True) else ", without native code"
     return Latency(
         multiply_adds=multiply_adds,
         seconds=seconds,
         dense=median(dense),
-        machine=f"{shortened(machine['processor'])}, {threads} thread{'s' * (threads != 1)}",
+        machine=f"{shortened(machine['processor'])}, {threads} thread{'s' * (threads != 1)}{without}",
         repeats=number(measured["repeats"]),
     )

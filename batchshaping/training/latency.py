@@ -5,7 +5,8 @@ The file ``latency.json`` in the folder of a run has
 ================== ==================================================================================
 ``version``        of this format
 ``result``         SHA-256 of the ``result.json`` that it belongs to
-``machine``        processor, versions and number of threads
+``machine``        processor, versions, number of threads, and whether there is native code, which needs a
+                   C compiler
 ``repeats``        how often each image was computed; the seconds are medians over these
 ``images``         indices of the test images
 ``multiply_adds``  of each image in the trained network
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchshaping.gates import native
 from batchshaping.gates.cost import MultiplyAdds
 from batchshaping.gates.dense import dense_inference
 from batchshaping.gates.gate import gate_decisions
@@ -115,17 +117,18 @@ def seconds_of_images(
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on: processor, cores, threads, and versions.
+    """What was measured on: processor, cores, threads, versions, and whether there is native code.
 
     Example:
         >>> sorted(machine())
-        ['cores', 'instructions', 'processor', 'python', 'threads', 'torch']
+        ['cores', 'instructions', 'native', 'processor', 'python', 'threads', 'torch']
     """
     return {
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "native": native.library() is not None,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -45,18 +45,29 @@ def with_static_gates(
 ) -> nn.Module:
     """The network with some of its gates static, chosen at random; the others open for half of the images."""
     random = torch.Generator().manual_seed(seed)
-    for gate in named_gates(network).values():
+    gates = named_gates(network).values()
+    for gate in gates:
         which = torch.randint(len(kinds), (gate.gates,), generator=random).tolist()
         decide(gate, [kinds[k] for k in which])
-        if None in kinds:
-            training = network.training
-            with torch.no_grad():
-                network.eval()(x)
-                ordered = gate.probabilities.double().logit().sort(dim=0).values
-                middle = ordered[len(x) // 2 - 1 : len(x) // 2 + 1].mean(dim=0)
-                gate.to_logits[-1].bias -= torch.where(middle.abs() < 100, middle, 0)
-            network.train(training)
+    if None in kinds:
+        training = network.training
+        # Each gate before those that read what it switches.
+        hooks = [gate.to_logits.register_forward_hook(open_for_half) for gate in gates]
+        with torch.no_grad():
+            network.eval()(x)
+        for hook in hooks:
+            hook.remove()
+        network.train(training)
     return network
+
+
+def open_for_half(to_logits: nn.Sequential, _: Any, logits: Tensor) -> Tensor:
+    """Shift the logits of a batch so that each gate that is not static is open for half of it."""
+    ordered = logits.sort(dim=0).values
+    middle = ordered[len(logits) // 2 - 1 : len(logits) // 2 + 1].mean(dim=0)
+    shift = torch.where(middle.abs() < 100, middle, 0)
+    to_logits[-1].bias -= shift
+    return logits - shift
 
 
 def assert_same(network: nn.Module, other: nn.Module, x: Tensor) -> None:

@@ -487,6 +487,14 @@ def test_the_page_says_how_time_follows_multiply_adds() -> None:
     ]
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_the_page_says_when_there_was_no_native_code(native: bool) -> None:
+    measured = latency()
+    measured["machine"]["native"] = native
+    html = report_html({"a": result() | {"latency": measured}})
+    assert ("a processor, 2 threads, without native code." in html) != native
+
+
 def test_a_run_without_gates_has_one_time_and_no_correlation() -> None:
     measured = latency("dense") | {"multiply_adds": [DENSE] * 40}
     html = report_html({"a": result(gated=False) | {"latency": measured}})

@@ -21,6 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from batchshaping.cli import app
+from batchshaping.cli.output import show_latency
 from batchshaping.training.config import SETTINGS, RunConfig, read_config
 from batchshaping.training.data.batching import batches
 from batchshaping.training.run import load_run
@@ -134,6 +135,13 @@ def test_the_latency_of_a_run_is_kept_for_the_report() -> None:
     assert "450 test images, one at a time" in Path("report.html").read_text()
     Path("outputs/train/latency.json").write_text(json.dumps(kept | {"result": "0"}))
     assert "received another's" in refused("report", "outputs/train", "--output", "other.html")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_latency_says_when_there_is_no_compiler(native: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = {"threads": 1, "native": native}
+    show_latency({"machine": machine, "seconds": {"conditional": [0.001], "dense": [0.002]}})
+    assert ("needs a C compiler" in capsys.readouterr().out) != native
 
 
 def test_help_names_every_setting_with_its_default_within_80_columns() -> None:
