@@ -97,6 +97,11 @@ def takes(statistic: str | Discrepancy, family: Family) -> bool:
     return statistic != "wasserstein" or family is not FOREIGN["Gamma"]  # torch has no quantiles of it
 
 
+def has_closed_form(statistic: str | Discrepancy, family: Family) -> bool:
+    """Whether there is more than autograd to differentiate a statistic for the priors of a family."""
+    return family in FAMILIES.values() and statistic is not ONES_OWN and not isinstance(statistic, Plain)
+
+
 def _cases(families: dict[str, Family]) -> list[Any]:
     return [
         pytest.param(statistic, family, id=f"{statistic}-{name}")
@@ -128,25 +133,48 @@ _EXAMPLES = [
     for parameters in family.examples
 ]
 each_example = pytest.mark.parametrize(("statistic", "family", "parameters"), _EXAMPLES)
-# And with logits or values, with masks and without: half of these ways for families of torch, which have no
-# closed form to go wrong in one of them alone.
+
+
+def _in_ways(cases: list[Any], plain: str, other: str) -> list[Any]:
+    """Cases with values or logits, and with a second flag set or not, named by what it is then.
+
+    Half of these ways for families of torch, which have no closed form to go wrong in one of them alone.
+    """
+    return [
+        pytest.param(*each.values, logits, flag, id=f"{each.id}-{way}-{other if flag else plain}")
+        for each in cases
+        for (logits, way), flag in itertools.product([(False, "values"), (True, "logits")], (False, True))
+        if each.values[1] in FAMILIES.values() or logits == flag
+    ]
+
+
 each_example_and_way = pytest.mark.parametrize(
-    ("statistic", "family", "parameters", "logits", "masked"),
-    [
-        pytest.param(
-            *each.values,
-            logits,
-            masked,
-            id=f"{each.id}-{'logits' if logits else 'values'}-{'masked-ties' if masked else 'all'}",
-        )
-        for each in _EXAMPLES
-        for logits, masked in itertools.product((False, True), repeat=2)
-        if each.values[1] in FAMILIES.values() or logits == masked
-    ],
+    ("statistic", "family", "parameters", "logits", "masked"), _in_ways(_EXAMPLES, "all", "masked-ties")
+)
+each_case_of_all_and_way = pytest.mark.parametrize(
+    ("statistic", "family", "logits", "ties"),
+    _in_ways(_cases({**FAMILIES, **FOREIGN}), "consecutive", "ties"),
+)
+
+
+def _by_autograd_too(cases: list[Any]) -> list[Any]:
+    """Cases in closed form where they have one, and by autograd."""
+    return [
+        pytest.param(case, *each.values[1:], id=f"{each.id}-{way}")
+        for each in cases
+        for case, way in [(each.values[0], "given"), (Plain(each.values[0]), "autograd")]
+        if way == "given" or has_closed_form(*each.values[:2])
+    ]
+
+
+each_case_of_all_by_autograd_too = pytest.mark.parametrize(
+    ("statistic", "family"), _by_autograd_too(_cases({**FAMILIES, **FOREIGN}))
+)
+each_example_by_autograd_too = pytest.mark.parametrize(
+    ("statistic", "family", "parameters"), _by_autograd_too(_EXAMPLES)
 )
 each_masked = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 each_ties = pytest.mark.parametrize("ties", [False, True], ids=["consecutive", "ties"])
-each_closed_or_plain = pytest.mark.parametrize("closed", [True, False], ids=["closed", "autograd"])
 each_way = pytest.mark.parametrize("logits", [False, True], ids=["values", "logits"])
 
 

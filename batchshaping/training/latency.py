@@ -144,7 +144,7 @@ def _processor() -> str:
 
 
 def measure_run(
-    output: Path, *, images: int = 500, repeats: int = 5, threads: int | None = None, **settings: Any
+    output: Path, *, images: int = 200, repeats: int = 5, threads: int | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Measure how long the trained network of a run takes for its test images, and keep it in the folder.
 

@@ -226,7 +226,8 @@ class DataModule(pl.LightningDataModule):
     Args:
         data: the data set.
         settings: whether training images are augmented, and how many processes load them.
-        batch_size: number of images in a batch of one rank.
+        batch_size: number of images in a batch of one rank; in evaluation, which keeps nothing for a
+            gradient, there are four times as many.
         seed: seed of the order of the training images.
         teacher: a network whose outputs are learned, if any. They are computed once for each image where
             training images are not augmented.
@@ -264,23 +265,24 @@ class DataModule(pl.LightningDataModule):
             drop_last=True,
         )
         sampler.set_epoch(trainer.current_epoch)
-        return self._loader(self._train, sampler)
+        return self._loader(self._train, self.batch_size, sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         trainer = _trainer(self)
         own = range(trainer.global_rank, len(self.data.test), trainer.world_size)
-        return self._loader(self.data.test, own)
+        return self._loader(self.data.test, 4 * self.batch_size, own, drop_last=False)
 
-    def _loader(self, images: Images | TaughtImages, sampler: Any) -> DataLoader[Any]:
+    def _loader(
+        self, images: Images | TaughtImages, size: int, sampler: Any, drop_last: bool
+    ) -> DataLoader[Any]:
         trainer = _trainer(self)
-        training = isinstance(sampler, DistributedSampler)
         return batches(
             images,
-            self.batch_size,
+            size,
             # The epoch is in the seed, so that images are augmented differently in each.
             seed=_seed(self.seed, trainer.current_epoch, trainer.global_rank),
             sampler=sampler,
-            drop_last=training,
+            drop_last=drop_last,
             num_workers=self.settings.workers,
             pin_memory=torch.cuda.is_available(),
         )
