@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +104,16 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_commands_of_a_block_run_one_after_the_other(name: str, tmp_path: Path) -> None:
+def test_the_commands_of_a_block_run_one_after_the_other(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each block in a folder of its own, for a reader who skips the others."""
     pytest.importorskip("typer")
-    code = "from batchshaping.cli import main; main()"
+    from commands import run
+
+    monkeypatch.chdir(tmp_path)
     for arguments in PROGRAMS[name]:
-        run = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
+        run(*arguments)
     assert [file for file in LEFT[name] if not (tmp_path / file).is_file()] == []
     for file in LEFT[name]:
         if file.endswith("result.json"):
