@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,17 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _operators_are_read_once() -> Iterator[None]:
+    """Torch reads the sources of all of its operators at each export, which takes longer than a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(ImportError, AttributeError):  # not every version has it under this name
+            from torch.onnx._internal.exporter._registration import ONNXRegistry as registry
+
+            patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        yield
+
+
 def one_block(name: str, gates: object) -> nn.Module:
     """The first of the two blocks, without a head, since each branch takes a second to export."""
     network: Any = make(name, gates)
@@ -30,22 +43,22 @@ def one_block(name: str, gates: object) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: one_block("basic", 2),
-    "basic, a gate a channel": lambda: make("basic", None),
+    "basic, a gate a channel": lambda: one_block("basic", None),
     "two blocks, each with a gate": lambda: make("basic", 1),
     "bottleneck": lambda: one_block("bottleneck", (2, 2)),
-    "ResNeXt": lambda: make("ResNeXt", 4),
+    "ResNeXt": lambda: one_block("ResNeXt", 4),
 }
 BRANCHES = {"basic": 2 + 1, "two blocks, each with a gate": 2 * (1 + 1), "bottleneck": 4 + 1}
 """One for each gate, and one for each block."""
 
 
-def decide(network: nn.Module, share: float, seed: int) -> None:
-    """Let gates be open or closed whatever they read, since an exported program has no others."""
-    random = torch.Generator().manual_seed(seed)
+def decide(network: nn.Module, x: Tensor) -> None:
+    """Let gates, which all read what the stem gives, be closed for the first of some images."""
     with torch.no_grad():
+        network(x)
         for gate in named_gates(network).values():
-            bias = gate.to_logits[-1].bias
-            bias.copy_(torch.where(torch.rand(len(bias), generator=random) < share, 1e3, -1e3))
+            logits = gate.probabilities.logit()
+            gate.to_logits[-1].bias -= logits[0] + 0.1 * logits.std(dim=0)
 
 
 def ifs(graph: Any) -> int:
@@ -60,8 +73,12 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def run_onnx(path: Path, x: Tensor) -> Tensor:
-    session = onnxruntime.InferenceSession(path)
-    return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    return torch.from_numpy(session(path).run(None, {"images": x.numpy()})[0])
+
+
+@functools.lru_cache(maxsize=1)
+def session(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -80,30 +97,27 @@ def test_a_program_for_one_image_gives_the_same_with_its_own_gates(name: str, tm
     assert ("torch.ops.higher_order.cond" in program.graph_module.code) == (name in BRANCHES)
 
 
-@pytest.mark.parametrize(
-    ("name", "share", "above"),
-    [
-        *(("basic", 0.5, above) for above in (0.0, 1.0)),
-        *(("basic", 0.0, above) for above in (-1.0, 1.0)),
-        *(("bottleneck", 0.4, above) for above in (0.0, 1.0)),
-    ],
-)
+@pytest.mark.parametrize("above", [-1.0, 1.0])
+@pytest.mark.parametrize("name", ["basic", "bottleneck"])
 def test_any_gates_give_the_same_by_branches_and_by_all_channels(
-    name: str, share: float, above: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, above: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = NETWORKS[name]()
-    decide(network, share, seed=1)
+    x = torch.randn(16, 3, 32, 32) + 3 * torch.randn(16, 3, 1, 1)
+    decide(network, x)
     monkeypatch.setattr(branches, "DENSE_ABOVE", above)
-    x = torch.randn(1, 3, 32, 32)
-    bs.export_onnx(bs.conditional_inference(network), tmp_path / "one.onnx", x)
-    with torch.no_grad():
-        assert_close(run_onnx(tmp_path / "one.onnx", x), network(x))
-    is_open = torch.cat(bs.gate_decisions(network), dim=1)
-    assert is_open.any() == (share > 0) and not is_open.all()
+    bs.export_onnx(bs.conditional_inference(network), tmp_path / "one.onnx", x[:1])
+    patterns = set()
+    for image in x.split(1):
+        with torch.no_grad():
+            assert_close(run_onnx(tmp_path / "one.onnx", image), network(image))
+        patterns.add((*torch.cat(bs.gate_decisions(network), dim=1).flatten().tolist(),))
+    assert len(patterns) >= 3 and any(not any(pattern) for pattern in patterns)
 
 
 def test_a_file_for_batches_takes_any_number_of_images(tmp_path: Path) -> None:
     network = make("basic", 2)
+    del network[4]  # the second block
     bs.export_onnx(bs.conditional_inference(network), tmp_path / "many.onnx", torch.randn(2, 3, 32, 32))
     for n in (1, 2, 5):
         x = torch.randn(n, 3, 32, 32)

@@ -87,15 +87,16 @@ def some_images(size: int = 32) -> Tensor:
 @pytest.mark.parametrize("gates", [8, 3, None])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_stay_and_so_do_those_of_an_inference_copy(name: str, gates: int | None) -> None:
-    for seed in range(3):
-        x = some_images()
+    # Of many gates in a layer some are of each kind, whatever the seed.
+    for seed in range(2 if gates else 1):
+        x = some_images(21)
         network = with_static_gates(make(name, gates), x, seed)
         pruned, _ = prune_static_gates(network, x.split(3))
         fast = bs.conditional_inference(pruned)
-        for images in (x, x[:1], x[2:4]):
-            assert_same(network, pruned, images)
-            assert_same(network, fast, images)
-        assert torch.equal(bs.count_macs(pruned, x), bs.count_macs(fast, x))
+        assert_same(network, pruned, x)
+        for images in (x, x[:1]):
+            assert_same(pruned, fast, images)
+        assert torch.equal(bs.count_macs(pruned, x[:2]), bs.count_macs(fast, x[:2]))
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -104,7 +105,7 @@ def test_published_architectures_give_the_same(name: str) -> None:
     network = with_static_gates(make(name), x)
     pruned, _ = prune_static_gates(network, [x])
     assert_same(network, pruned, x)
-    assert_same(network, bs.conditional_inference(pruned), x)
+    assert_same(pruned, bs.conditional_inference(pruned), x)
 
 
 @pytest.mark.parametrize("gates", [1, None])
@@ -115,7 +116,7 @@ def test_networks_of_timm_give_the_same(name: str, gates: int | None) -> None:
     pruned, _ = prune_static_gates(network, [x])
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in network.parameters())
     assert_same(network, pruned, x)
-    assert_same(network, bs.conditional_inference(pruned), x)
+    assert_same(pruned, bs.conditional_inference(pruned), x)
 
 
 @settings(max_examples=40)
@@ -130,7 +131,7 @@ def test_any_pattern_of_static_gates_gives_the_same(always: list[list[bool | Non
         decide(gate, always[k % 2][: gate.gates])
     pruned, _ = prune_static_gates(network, [x])
     assert_same(network, pruned, x)
-    assert_same(network, bs.conditional_inference(pruned), x)
+    assert_same(pruned, bs.conditional_inference(pruned), x)
 
 
 # What is gone
@@ -203,7 +204,7 @@ def test_closed_blocks_are_their_shortcut_and_a_bias(name: str) -> None:
     assert len(blocks) == sum(isinstance(module, GatedBlock) for module in network.modules())
     assert all({*block._modules} <= {"downsample", "relu"} for block in blocks)
     assert_same(network, pruned, x)
-    assert_same(network, bs.conditional_inference(pruned), x)
+    assert_same(pruned, bs.conditional_inference(pruned), x)
     assert bs.count_macs(pruned, x)[0] < bs.count_macs(network, x)[0]
 
 
@@ -234,7 +235,7 @@ def test_a_first_layer_that_is_always_closed_keeps_one_gate_for_a_second_that_is
     for block in (pruned[3], pruned[4]):
         assert block.conv1.out_channels == 16 and block.gate1.gates == 1
     assert_same(network, pruned, x)
-    assert_same(network, bs.conditional_inference(pruned), x)
+    assert_same(pruned, bs.conditional_inference(pruned), x)
 
 
 def test_what_nobody_reads_goes_whatever_its_gates_do() -> None:

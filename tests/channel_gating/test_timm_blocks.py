@@ -76,7 +76,7 @@ def test_an_open_network_is_the_given_one_to_the_bit(name: str, training: bool) 
     gated = bs.gate_resnet(copy.deepcopy(network))
     state = network.state_dict()
     assert all(torch.equal(gated.state_dict()[key], value) for key, value in state.items())
-    x = torch.randn(4, 3, 64, 64)
+    x = torch.randn(4, 3, 32, 32)
     outputs = []
     with gates_forced(gated, 1.0):
         for model in (network, gated):
@@ -220,7 +220,7 @@ def slim_network(network: nn.Module, decisions: list[Tensor]) -> nn.Module:
 def test_an_example_costs_what_the_network_of_its_open_channels_does(name: str) -> None:
     network = make(name).eval()
     gated = bs.gate_resnet(copy.deepcopy(network), hidden=3).eval()
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     with gates_forced(gated, 0.6, seed=1):
         found = bs.count_macs(gated, x)
     decisions = gate_decisions(gated)

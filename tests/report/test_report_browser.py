@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -77,10 +79,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page:
-    """A report that is open in the browser."""
+    """A report that is open in a tab of the browser."""
 
     def __init__(self, browser: WebDriver, path: Path, scheme: str = "light") -> None:
+        browser.switch_to.new_window("tab")
         self.browser = browser
+        self.tab = browser.current_window_handle
         self.name = path.stem
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -95,6 +99,10 @@ class Page:
             for event in events
             if event["method"] == "Network.requestWillBeSent"
         ]
+
+    def show(self) -> None:
+        self.browser.switch_to.window(self.tab)
+        self.browser.execute_cdp_cmd("Page.bringToFront", {})
 
     def resize(self, width: int) -> None:
         metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
@@ -122,7 +130,7 @@ class Page:
         return dict(self.run(script))
 
     def text(self) -> str:
-        return self.browser.find_element(By.TAG_NAME, "main").text
+        return str(self.run("return document.querySelector('main').innerText"))
 
     def rows(self) -> list[list[str]]:
         """The rows of the tables of runs that are to be seen, of each cell its first line."""
@@ -156,20 +164,31 @@ class Page:
         """)
 
 
-@pytest.fixture(scope="module", params=PAGES)
-def page(request: pytest.FixtureRequest, browser: WebDriver, folder: Path) -> Page:
-    """Each page in turn; what is tested of it leaves it as it is."""
-    return Page(browser, folder / f"{request.param}.html")
-
-
 @pytest.fixture(scope="module")
-def opened(browser: WebDriver, folder: Path) -> Page:
-    return Page(browser, folder / "many.html")
+def pages(browser: WebDriver, folder: Path) -> Callable[[str], Page]:
+    """Shows the page of a name, which is loaded once."""
+
+    @cache
+    def load(name: str) -> Page:
+        return Page(browser, folder / f"{name}.html")
+
+    def show(name: str) -> Page:
+        load(name).show()
+        return load(name)
+
+    return show
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def page(request: pytest.FixtureRequest, pages: Callable[[str], Page]) -> Page:
+    """Each page in turn; what is tested of it leaves it as it is."""
+    return pages(request.param)
 
 
 @pytest.fixture
-def many(opened: Page) -> Page:
+def many(pages: Callable[[str], Page]) -> Page:
     """The page of many runs as it was when it was opened."""
+    opened = pages("many")
     opened.reset()
     return opened
 
@@ -452,8 +471,8 @@ def test_the_tradeoff_shows_a_point_for_each_setting_with_its_deviations(many: P
         assert told in hover
 
 
-def test_runs_with_one_seed_each_have_a_row_each_and_no_error_bars(browser: WebDriver, folder: Path) -> None:
-    page = Page(browser, folder / "few.html")
+def test_runs_with_one_seed_each_have_a_row_each_and_no_error_bars(pages: Callable[[str], Page]) -> None:
+    page = pages("few")
     assert page.column(0) == ["c", "b", "a"]
     assert not any(trace["error_y"]["visible"] for trace in page.traces("tradeoff-0"))
     assert page.run("return document.querySelectorAll('#tradeoff-0 .errorbar path').length") == 0
@@ -464,8 +483,8 @@ def test_runs_with_one_seed_each_have_a_row_each_and_no_error_bars(browser: WebD
     assert 0.9 < low < 0.98 < high < 1.01
 
 
-def test_runs_on_other_data_and_of_unknown_kinds_are_apart(browser: WebDriver, folder: Path) -> None:
-    page = Page(browser, folder / "mixed.html")
+def test_runs_on_other_data_and_of_unknown_kinds_are_apart(pages: Callable[[str], Page]) -> None:
+    page = pages("mixed")
     heads = page.run(
         "return [...document.querySelectorAll('.comparison h2')].map((head) => head.textContent)"
     )
@@ -486,8 +505,8 @@ def test_runs_on_other_data_and_of_unknown_kinds_are_apart(browser: WebDriver, f
     assert "are not known" not in page.text()
 
 
-def test_hostile_names_are_shown_as_text(browser: WebDriver, folder: Path) -> None:
-    page = Page(browser, folder / "hostile.html")
+def test_hostile_names_are_shown_as_text(pages: Callable[[str], Page]) -> None:
+    page = pages("hostile")
     assert page.run("return document.scripts.length") == 3
     assert [option.text for option in page.select("run").options] == [*PAGES["hostile"]]
     page.open_all()
@@ -499,16 +518,16 @@ def test_hostile_names_are_shown_as_text(browser: WebDriver, folder: Path) -> No
     for figure in ("heatmap", "class-accuracy", "class-multiply-adds"):
         assert page.run(ticks % figure) == [*HOSTILE]
     (image, *_) = RUNS["no name <b>here</b>"]["least"]
-    shown = browser.find_element(By.CSS_SELECTOR, "div:not([hidden]) > .images .label")
+    shown = page.browser.find_element(By.CSS_SELECTOR, "div:not([hidden]) > .images .label")
     assert shown.text == image["label"]
     assert f"Pictures of runs of the kind “{HOSTILE[0]}”" in page.run("return document.body.textContent")
-    assert browser.find_elements(By.CSS_SELECTOR, "main b, main script") == []
+    assert page.browser.find_elements(By.CSS_SELECTOR, "main b, main script") == []
 
 
-def test_images_have_alternative_texts_and_mistakes_are_marked(browser: WebDriver, folder: Path) -> None:
-    Page(browser, folder / "one.html")
+def test_images_have_alternative_texts_and_mistakes_are_marked(pages: Callable[[str], Page]) -> None:
+    page = pages("one")
     run = PAGES["one"]["only"]
-    items = browser.find_elements(By.CSS_SELECTOR, ".images li")
+    items = page.browser.find_elements(By.CSS_SELECTOR, ".images li")
     expected = [*run["least"], *run["most"]]
     assert any(image["label"] != image["predicted"] for image in expected)
     for item, image in zip(items, expected, strict=True):
@@ -519,8 +538,8 @@ def test_images_have_alternative_texts_and_mistakes_are_marked(browser: WebDrive
         assert (f"✗ as {image['predicted']}" in item.text) == wrong
 
 
-def test_the_run_can_be_repeated_from_the_page(browser: WebDriver, folder: Path) -> None:
-    page = Page(browser, folder / "one.html")
+def test_the_run_can_be_repeated_from_the_page(pages: Callable[[str], Page]) -> None:
+    page = pages("one")
     assert "batchshaping train --config config.yaml" in page.text()
     rows = (
         "return [...document.querySelectorAll('.configuration tr')].map((row) => row.innerText.split('\\t'))"
@@ -555,8 +574,8 @@ def test_the_dark_is_dark_and_paper_is_light_and_narrow(browser: WebDriver, fold
 # Latency
 
 
-def test_the_times_are_those_of_the_chosen_run(browser: WebDriver, folder: Path) -> None:
-    page = Page(browser, folder / "timed.html")
+def test_the_times_are_those_of_the_chosen_run(pages: Callable[[str], Page]) -> None:
+    page = pages("timed")
     measured = latency()
     points, line = page.traces("latency")
     assert points["x"] == measured["multiply_adds"]
