@@ -57,7 +57,7 @@ def log_tails_of_beta(a: Any, b: Any, x: Any, complement: Any = None) -> tuple[m
     from x outwards it falls. ``complement`` is 1 - x where x is too close to 1 to tell.
     """
     size = max(float(a), float(b), 1.0) / min(float(a), float(b), 1.0)
-    with mpmath.workdps(int(40 + mpmath.log10(size))):
+    with mpmath.workdps(int(30 + mpmath.log10(size))):
         a, b, x = mpmath.mpf(a), mpmath.mpf(b), mpmath.mpf(x)
         complement = 1 - x if complement is None else mpmath.mpf(complement)
         if x * b > complement * a:
@@ -71,7 +71,7 @@ def log_tails_of_beta(a: Any, b: Any, x: Any, complement: Any = None) -> tuple[m
             width /= 4
         while relative_density(width) > mpmath.mpf(10) ** -35:
             width *= mpmath.mpf(1.5)
-        parts = [mpmath.mpf(0), *(width / 4**k for k in (3, 2, 1, 0))]
+        parts = [mpmath.mpf(0), *(width / 4**k for k in (2, 0))]
         log_beta = mpmath.loggamma(a) + mpmath.loggamma(b) - mpmath.loggamma(a + b)
         power = a * mpmath.log(x) + b * mpmath.log(complement) - log_beta
         near = mpmath.log(mpmath.quad(relative_density, parts)) + power

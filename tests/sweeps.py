@@ -123,7 +123,8 @@ each_prior = pytest.mark.parametrize(
 each_statistic = pytest.mark.parametrize("statistic", TERMS, ids=str)
 # Every statistic, and two of one's own, with every family that it takes: ours, or those of torch too.
 each_case = pytest.mark.parametrize(("statistic", "family"), _cases(FAMILIES))
-each_case_of_all = pytest.mark.parametrize(("statistic", "family"), _cases({**FAMILIES, **FOREIGN}))
+CASES_OF_ALL = _cases({**FAMILIES, **FOREIGN})
+each_case_of_all = pytest.mark.parametrize(("statistic", "family"), CASES_OF_ALL)
 # The same with every example of a family, in which the shapes of the density differ.
 _EXAMPLES = [
     pytest.param(statistic, family, parameters, id=f"{statistic}-{name}{parameters}")
@@ -138,22 +139,26 @@ each_example = pytest.mark.parametrize(("statistic", "family", "parameters"), _E
 def _in_ways(cases: list[Any], plain: str, other: str) -> list[Any]:
     """Cases with values or logits, and with a second flag set or not, named by what it is then.
 
-    Half of these ways for families of torch, which have no closed form to go wrong in one of them alone.
+    Half of these ways for families of torch, which have no closed form to go wrong in one of them alone, and
+    for other parameters than the first, of which the flags do not know.
     """
     return [
         pytest.param(*each.values, logits, flag, id=f"{each.id}-{way}-{other if flag else plain}")
         for each in cases
         for (logits, way), flag in itertools.product([(False, "values"), (True, "logits")], (False, True))
-        if each.values[1] in FAMILIES.values() or logits == flag
+        if logits == flag or _is_first_of_ours(*each.values[1:])
     ]
+
+
+def _is_first_of_ours(family: Family, parameters: tuple[float, ...] | None = None) -> bool:
+    return family in FAMILIES.values() and parameters in (None, family.examples[0])
 
 
 each_example_and_way = pytest.mark.parametrize(
     ("statistic", "family", "parameters", "logits", "masked"), _in_ways(_EXAMPLES, "all", "masked-ties")
 )
 each_case_of_all_and_way = pytest.mark.parametrize(
-    ("statistic", "family", "logits", "ties"),
-    _in_ways(_cases({**FAMILIES, **FOREIGN}), "consecutive", "ties"),
+    ("statistic", "family", "logits", "ties"), _in_ways(CASES_OF_ALL, "consecutive", "ties")
 )
 
 
@@ -168,7 +173,7 @@ def _by_autograd_too(cases: list[Any]) -> list[Any]:
 
 
 each_case_of_all_by_autograd_too = pytest.mark.parametrize(
-    ("statistic", "family"), _by_autograd_too(_cases({**FAMILIES, **FOREIGN}))
+    ("statistic", "family"), _by_autograd_too(CASES_OF_ALL)
 )
 each_example_by_autograd_too = pytest.mark.parametrize(
     ("statistic", "family", "parameters"), _by_autograd_too(_EXAMPLES)

@@ -147,8 +147,8 @@ def shifted_normal(shift: float) -> type[bs.Normal]:
 def test_priors_of_the_same_name_are_not_mixed_up_when_compiled() -> None:
     torch._dynamo.reset()
     x = torch.rand(20, 3)
-    families = [shifted_normal(shift) for shift in (0.0, 0.5, 2.0)]
-    for family, shift in zip(families, (0.0, 0.5, 2.0), strict=True):
+    families = [shifted_normal(shift) for shift in (0.5, 2.0)]
+    for family, shift in zip(families, (0.5, 2.0), strict=True):
         loss = torch.compile(lambda x, f=family: bs.batch_shaping(x, f(0.1, 1.0), 0), backend="aot_eager")
         torch.testing.assert_close(loss(x), bs.batch_shaping(x, bs.Normal(0.1 + shift, 1.0), 0))
 
@@ -189,27 +189,27 @@ def test_a_compiled_step_with_the_module_is_the_eager_one(name: str, history: in
         step = lambda z, module=module: module(torch.sigmoid(z))  # noqa: E731
         step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
         parameters = list(module.parameters())
-        for k in range(5):
+        # Evaluation is another program, which without a closed form is the same but for its gradients.
+        for training in [True] * 4 + [False] * (name in ("numbers", "learned Beta")):
             z = torch.randn(20, 3, requires_grad=True)
-            with torch.set_grad_enabled(k < 4):
+            with torch.set_grad_enabled(training):
                 loss = step(z)
             results.append([loss.detach()])
-            if k < 4:
+            if training:
                 found = torch.autograd.grad(loss, [z, *parameters])
                 results[-1] += found
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters, found[1:], strict=True):
                         parameter -= 5 * gradient.sign()  # far out of the range, now and then
-    torch.testing.assert_close(results[5:], results[:5])
+    half = len(results) // 2
+    torch.testing.assert_close(results[half:], results[:half])
 
 
 # What else a process may have set
 
 MODES = {
-    "the meta device": "torch.device('meta')",
-    "inference mode": "torch.inference_mode()",
-    "half precision": "default_dtype(torch.bfloat16)",
-    "double precision": "default_dtype(torch.float64)",
+    "the meta device and half precision": "torch.device('meta'), default_dtype(torch.bfloat16)",
+    "inference mode and double precision": "torch.inference_mode(), default_dtype(torch.float64)",
 }
 # Everything on the floors of numbers and of the loss, as one list of tensors.
 EVERYTHING = """

@@ -13,11 +13,12 @@ import pytest
 import torch
 from oracles import FAMILIES, FOREIGN, Family
 from sweeps import (
+    CASES_OF_ALL,
     ONES_OWN,
     as_logits,
     each_case,
     each_case_of_all,
-    each_way,
+    each_case_of_all_and_way,
     inside,
     learned,
     loss_of,
@@ -30,12 +31,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import batchshaping as bs
+from batchshaping.cdfs import betaincinv
 from batchshaping.statistics.epps_pulley import EppsPulley
 
 F64 = torch.float64
 ARRAYS = 5
 BETA = FAMILIES["Beta"]
-each_kind = pytest.mark.parametrize("kind", ["fixed", "shared", "one an array"])
+KINDS = ["fixed", "shared", "one an array"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+# Families of torch have parameters of one kind: shared.
+each_case_of_all_and_kind = pytest.mark.parametrize(
+    ("statistic", "family", "kind"),
+    [
+        pytest.param(*each.values, kind, id=f"{each.id}-{kind}")
+        for each in CASES_OF_ALL
+        for kind in (KINDS if each.values[1] in FAMILIES.values() else ["shared"])
+    ],
+)
 
 
 def values(*shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -86,11 +98,8 @@ def test_a_compiled_step_equals_an_eager_one(statistic: Any, family: Family) -> 
     """With all that a call can have: layers before it, a mask, ties, logits and a prior for each array."""
     if statistic is ONES_OWN and issubclass(family.prior, bs.Beta):
         return  # outside of the loss, the logarithm of a tail of a Beta reads its parameters
-    weight, x, mask = (
-        torch.randn(6, ARRAYS, dtype=F64),
-        tied(torch.randn(20, 6, dtype=F64)),
-        mask_of((20, ARRAYS)),
-    )
+    weight, mask = torch.randn(6, ARRAYS, dtype=F64), mask_of((20, ARRAYS))
+    x = torch.randn(10, 6, dtype=F64).repeat(2, 1)  # each value is tied to another
     shaping = loss_of(statistic, family, mask=mask, ties=True, logits=True)
 
     def step(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
@@ -105,14 +114,13 @@ def test_a_compiled_step_equals_an_eager_one(statistic: Any, family: Family) -> 
 @pytest.mark.parametrize(
     ("family", "kind", "dtype", "settings"),
     [
-        *((family, "fixed", F64, {}) for family in FAMILIES.values()),
-        (BETA, "shared", F64, {}),
-        (BETA, "fixed", torch.float32, {}),
-        (BETA, "fixed", torch.bfloat16, {}),
-        (BETA, "fixed", F64, {"dim": None, "reduction": "sum"}),
-        (BETA, "fixed", F64, {"dim": (0, 2), "reduction": "none"}),
+        (BETA, "fixed", F64, {}),
+        (FAMILIES["SymBeta"], "fixed", torch.float32, {}),
+        (FAMILIES["RelaxedBernoulli"], "fixed", torch.bfloat16, {}),
+        (FAMILIES["Normal"], "fixed", F64, {"dim": None, "reduction": "sum"}),
+        (BETA, "shared", F64, {"dim": (0, 2), "reduction": "none"}),
         (FAMILIES["Normal"], "fixed", F64, {"statistic": "epps_pulley"}),
-        (FAMILIES["Normal"], "fixed", F64, {"statistic": EppsPulley(5.0, 41)}),
+        (FAMILIES["Normal"], "shared", F64, {"statistic": EppsPulley(5.0, 41)}),
         (FOREIGN["Laplace"], "shared", F64, {}),
     ],
     ids=itertools.count(),
@@ -180,50 +188,44 @@ def test_a_step_compiled_by_inductor_equals_an_eager_one() -> None:
 # torch.func
 
 
-@each_way
-@each_case_of_all
-def test_vmap_grad_and_jacrev_equal_loops(statistic: Any, family: Family, logits: bool) -> None:
-    size, samples = 4, 10
+@each_case_of_all_and_way
+def test_vmap_grad_and_jacrev_equal_loops(statistic: Any, family: Family, logits: bool, ties: bool) -> None:
+    size, samples = 2, 10
     x = inside(family, family.examples[0], (size, samples, 3), upper=0.8)
     x = as_logits(x) if logits else x
     given = [p.detach() for p in learned(family.examples[0], (size, 3), 0.05)]
     mask = mask_of(x.shape, 1)
-    for ties, masked in ((False, False), (True, True)):
 
-        def loss(x: Tensor, mask: Tensor, *given: Tensor, ties: bool = ties, masked: bool = masked) -> Tensor:
-            keep = mask if masked else None
-            return loss_of(statistic, family, mask=keep, ties=ties, logits=logits)(x, *given)
+    def loss(x: Tensor, mask: Tensor, *given: Tensor) -> Tensor:
+        # With ties there is a mask too.
+        return loss_of(statistic, family, mask=mask if ties else None, ties=ties, logits=logits)(x, *given)
 
-        wanted = (0, *range(2, 2 + len(given)))
-        each = [
-            with_gradients(lambda x, *given, k=k: loss(x, mask[k], *given), x[k], *(p[k] for p in given))
+    wanted = (0, *range(2, 2 + len(given)))
+    each = [
+        with_gradients(lambda x, *given, k=k: loss(x, mask[k], *given), x[k], *(p[k] for p in given))
+        for k in range(size)
+    ]
+    expected = torch.stack([value for value, _ in each])
+    gradients = tuple(torch.stack(by) for by in zip(*(by for _, by in each), strict=True))
+    found = torch.func.vmap(torch.func.grad_and_value(loss, argnums=wanted))(x, mask, *given)
+    torch.testing.assert_close(found, (gradients, expected), rtol=1e-9, atol=1e-12)
+    one = (x[1], mask[1], *(p[1] for p in given))
+    by_jacobian = torch.func.jacrev(loss, argnums=wanted)(*one)
+    torch.testing.assert_close(by_jacobian, tuple(g[1] for g in gradients), rtol=1e-9, atol=1e-12)
+    total = torch.func.grad(lambda *t: torch.func.vmap(loss)(*t).sum(), argnums=wanted)
+    torch.testing.assert_close(total(x, mask, *given), gradients, rtol=1e-9, atol=1e-12)
+    # Operands that all share, or that are mapped along another dimension.
+    for dims in [(None, 0, 0), (0, None, None), (None, None, 0), (2, 1, 1)]:
+        in_dims = (*dims, *dims[2:] * (len(given) - 1))
+        operands = [
+            t[0] if d is None else t.movedim(0, d) for t, d in zip((x, mask, *given), in_dims, strict=True)
+        ]
+        rows = [
+            [t if d is None else t.select(d, k) for t, d in zip(operands, in_dims, strict=True)]
             for k in range(size)
         ]
-        expected = torch.stack([value for value, _ in each])
-        gradients = tuple(torch.stack(by) for by in zip(*(by for _, by in each), strict=True))
-        found = torch.func.vmap(torch.func.grad_and_value(loss, argnums=wanted))(x, mask, *given)
-        torch.testing.assert_close(found, (gradients, expected), rtol=1e-9, atol=1e-12)
-        one = (x[1], mask[1], *(p[1] for p in given))
-        by_jacobian = torch.func.jacrev(loss, argnums=wanted)(*one)
-        torch.testing.assert_close(by_jacobian, tuple(g[1] for g in gradients), rtol=1e-9, atol=1e-12)
-        total = torch.func.grad(lambda *t, loss=loss: torch.func.vmap(loss)(*t).sum(), argnums=wanted)
-        torch.testing.assert_close(total(x, mask, *given), gradients, rtol=1e-9, atol=1e-12)
-        # Operands that all share, or that are mapped along another dimension.
-        for dims in [(None, 0, 0), (0, None, None), (None, None, 0), (2, 1, 1)]:
-            operands = [
-                t[0] if d is None else t.movedim(0, d)
-                for t, d in zip((x, mask, *given), (*dims, *dims[2:] * (len(given) - 1)), strict=True)
-            ]
-            in_dims = (*dims, *dims[2:] * (len(given) - 1))
-            expected = torch.stack(
-                [
-                    loss(
-                        *(t if d is None else t.select(d, k) for t, d in zip(operands, in_dims, strict=True))
-                    )
-                    for k in range(size)
-                ]
-            )
-            torch.testing.assert_close(torch.func.vmap(loss, in_dims)(*operands), expected)
+        expected = torch.stack([loss(*row) for row in rows])
+        torch.testing.assert_close(torch.func.vmap(loss, in_dims)(*operands), expected)
 
 
 @each_case_of_all
@@ -286,8 +288,7 @@ def test_under_autocast_gates_in_bf16_are_shaped_in_single_precision(
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensor hooks", "reentrant"])
-@each_kind
-@each_case_of_all
+@each_case_of_all_and_kind
 def test_a_checkpoint_changes_nothing(statistic: Any, family: Family, kind: str, reentrant: bool) -> None:
     weight, x = torch.randn(6, ARRAYS, dtype=F64), torch.randn(20, 6, dtype=F64)
     parameters = learned(family.examples[0]) if family in FOREIGN.values() else parameters_of(family, kind)
@@ -332,13 +333,22 @@ class NoTransfers(TorchFunctionMode):
         return result
 
 
-def steps_on(device: str, statistic: Any, family: Family, guard: Callable[[], Any]) -> list[list[Tensor]]:
-    """The losses and their gradients on a device in all ways, forward and backward inside the guard."""
+# Kinds of parameters with masks, ties and logits or without.
+WAYS = [
+    ("fixed", False, False, False),
+    ("one an array", True, True, True),
+    ("shared", True, False, False),
+    ("one an array", False, False, True),
+]
+
+
+def steps_on(
+    device: str, statistic: Any, family: Family, guard: Callable[[], Any], ways: int = len(WAYS)
+) -> list[list[Tensor]]:
+    """The losses and their gradients on a device in some ways, forward and backward inside the guard."""
     found = []
-    ways = [("fixed", False, False, False), ("one an array", True, True, True)]
-    if statistic != "wasserstein":  # whose quantiles take thousands of steps where no value can be read
-        ways += [("shared", False, False, True), ("one an array", True, False, False)]
-    for kind, masked, ties, logits in ways:
+    # The quantiles of Wasserstein take thousands of steps where no value can be read.
+    for kind, masked, ties, logits in WAYS[: 2 if statistic == "wasserstein" else ways]:
         x = tied(values(16, ARRAYS, dtype=torch.float32)).to(device).requires_grad_()
         mask = mask_of((16, ARRAYS)).to(device) if masked else None
         parameters = [
@@ -353,11 +363,16 @@ def steps_on(device: str, statistic: Any, family: Family, guard: Callable[[], An
 
 
 @each_case
-def test_no_value_is_read_and_none_copied(statistic: Any, family: Family) -> None:
+def test_no_value_is_read_and_none_copied(
+    statistic: Any, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the meta device there are no values: whatever reads one fails."""
     # Quantiles and the points of Epps-Pulley are copied.
     guard = nullcontext if statistic in ("wasserstein", "epps_pulley") else NoTransfers
-    for found in steps_on("meta", statistic, family, guard):
+    # Each step of the search for a quantile is as the one before.
+    monkeypatch.setattr(betaincinv, "_UNSEEN_INVERSE_STEPS", 2)
+    # A SymBeta differs from a Beta in its parameters alone.
+    for found in steps_on("meta", statistic, family, guard, 2 if family is FAMILIES["SymBeta"] else 3):
         assert all(t.device.type == "meta" for t in found)
 
 

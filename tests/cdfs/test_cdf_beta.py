@@ -145,7 +145,7 @@ def test_values_on_both_sides_are_evaluated_as_those_on_one(
 ) -> None:
     """Values of both sides and inside of (0, 1) have operations of their own, in few buffers."""
     cdf = fixed_beta_cdf(10.0**log_a, 10.0**log_b, dtype)
-    x = torch.cat([torch.rand(50, dtype=dtype), torch.tensor([1e-30, 1e-3, 0.999], dtype=dtype)])
+    x = torch.cat([torch.rand(20, dtype=dtype), torch.tensor([1e-30, 1e-3, 0.999], dtype=dtype)])
     x = x.clamp(torch.finfo(dtype).smallest_normal, 1 - torch.finfo(dtype).eps)
     before = x.clone()
     found = cdf(x)

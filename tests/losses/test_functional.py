@@ -42,7 +42,6 @@ from sweeps import (
     loss_of,
     mask_of,
     smooth,
-    takes,
     tied,
     with_gradients,
 )
@@ -50,7 +49,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import batchshaping as bs
-from batchshaping.statistics import STATISTICS, samples
+from batchshaping.statistics import samples
 
 F64 = torch.float64
 SHAPE = (5, 4, 6)

@@ -81,21 +81,21 @@ def assert_equals_own_calls(
     each = priors if isinstance(priors, list) else [priors] * len(tensors)
     each_mask = masks if isinstance(masks, list) else [masks] * len(tensors)
     leaves = [*tensors, *leaves_of(*each)]
-    for reduction in ("none", "mean", "sum"):
-        settings = {"dim": 0, "reduction": reduction, **options}
-        alone = [
-            bs.batch_shaping(x, prior, mask=mask, **settings)
-            for x, prior, mask in zip(tensors, each, each_mask, strict=True)
-        ]
-        together = bs.batch_shaping(tensors, priors, mask=masks, **settings)
+    alone = [
+        bs.batch_shaping(x, prior, 0, mask=mask, reduction="none", **options)
+        for x, prior, mask in zip(tensors, each, each_mask, strict=True)
+    ]
+    for reduction, reduce in (("none", torch.sum), ("mean", torch.mean), ("sum", torch.sum)):
+        together = bs.batch_shaping(tensors, priors, 0, mask=masks, reduction=reduction, **options)
         if reduction == "none":
             assert isinstance(together, list)
             torch.testing.assert_close(together, alone, rtol=tolerance, atol=1e-13)
-            total, expected = sum(t.sum() for t in together), sum(t.sum() for t in alone)
-        else:
-            total, expected = together, sum(alone)
-            torch.testing.assert_close(total, expected, rtol=tolerance, atol=1e-13)
-        found, wanted = (torch.autograd.grad(t, leaves, allow_unused=True) for t in (total, expected))
+            together = sum(t.sum() for t in together)
+        expected = sum(reduce(t) for t in alone)
+        torch.testing.assert_close(together, expected, rtol=tolerance, atol=1e-13)
+        found, wanted = (
+            torch.autograd.grad(t, leaves, allow_unused=True, retain_graph=True) for t in (together, expected)
+        )
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=1e-12)
 
 
