@@ -18,8 +18,8 @@ __all__ = ["make_branches", "make_constants"]
 def make_branches(graph: Any) -> None:
     """Make an ``If`` of each ``Where`` whose condition is one number, in place.
 
-    What only one of its two sides needs moves into the branch of that side, and so on within it. Where no
-    convolution would move, a ``Where`` stays what it is.
+    What only one of its two sides needs moves into the branch of that side, and so on within it. A ``Where``
+    stays what it is if no convolution would move, or if a side does not have the shape of the result.
     """
     known = {info.name: info for info in (*graph.input, *graph.value_info, *graph.output)}
     nodes = _with_branches([*graph.node], [output.name for output in graph.output], known)
@@ -38,7 +38,7 @@ def _with_branches(nodes: Sequence[Any], results: Sequence[str], known: dict[str
     """
     users = defaultdict(set, {name: {(len(nodes), k)} for k, name in enumerate(results)})
     for k, node in enumerate(nodes):
-        for position, name in enumerate(node.input):
+        for position, name in enumerate([*node.input, *_captured(node)]):
             users[name].add((k, position))
 
     def needed_only_for(selection: int, position: int) -> list[int]:
@@ -64,10 +64,16 @@ def _with_branches(nodes: Sequence[Any], results: Sequence[str], known: dict[str
 
 def _is_selection(node: Any, known: dict[str, Any]) -> bool:
     """Whether a node gives one of its two sides, all of it."""
-    if node.op_type != "Where" or not {node.input[0], node.output[0]} <= known.keys():
+    if node.op_type != "Where" or not {*node.input, *node.output} <= known.keys():
         return False
-    condition = known[node.input[0]].type.tensor_type
-    return condition.HasField("shape") and len(condition.shape.dim) == 0
+    condition, first, second, result = (known[name].type.tensor_type for name in (*node.input, *node.output))
+    is_one_number = condition.HasField("shape") and len(condition.shape.dim) == 0
+    return is_one_number and first == second == result
+
+
+def _captured(node: Any) -> list[str]:
+    """The names that the branches of a node take from around it, among others."""
+    return [name for branch in _branches_of(node) for inner in branch.node for name in inner.input]
 
 
 def _if(selection: Any, sides: Sequence[Sequence[Any]], known: dict[str, Any]) -> Any:
@@ -120,10 +126,14 @@ def make_constants(graph: Any) -> None:
 def _branches(graph: Any) -> Iterator[Any]:
     """The graphs of all branches, also of those within others."""
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield attribute.g
-                yield from _branches(attribute.g)
+        yield from _branches_of(node)
+
+
+def _branches_of(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+            yield from _branches(attribute.g)
 
 
 def _replace(repeated: Any, items: Sequence[Any]) -> None:

@@ -133,6 +133,22 @@ def test_selections_one_after_the_other_are_branches_one_after_the_other() -> No
     assert_same(model, rewritten)
 
 
+def test_what_a_branch_of_the_model_itself_takes_stays_outside() -> None:
+    info = onnx.helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, SHAPE)
+    own = [onnx.helper.make_graph([node(name, "a", "inner")], name, [], [info]) for name in ("Relu", "Neg")]
+    model = model_of(
+        node("Conv", "x w", "a"),
+        onnx.helper.make_node("If", ["second"], ["b"], then_branch=own[0], else_branch=own[1]),
+        node("Conv", "a v", "c"),
+        node("Where", "first c x", "d"),
+        node("Add", "b d", "y"),
+    )
+    rewritten = with_branches(model)
+    branches = [("If", ["Relu"], ["Neg"]), ("If", ["Conv"], ["Identity"])]
+    assert operations(rewritten.graph) == ["Conv", *branches, "Add"]
+    assert_same(model, rewritten)
+
+
 def test_a_weight_that_two_branches_use_is_in_the_file_once() -> None:
     model = model_of(
         node("Conv", "x w", "a0"),
@@ -154,6 +170,8 @@ def test_a_weight_that_two_branches_use_is_in_the_file_once() -> None:
         ((node("Conv", "x w", "a"), node("Where", "first a x", "y")), (6,)),
         # There is no convolution to save.
         ((node("Relu", "x", "a"), node("Where", "first a x", "y")), ()),
+        # One side is repeated to the shape of the other.
+        ((node("Conv", "x w", "a"), node("ReduceMean", "a", "m"), node("Where", "first m x", "y")), ()),
         # What is computed is needed in any case.
         ((node("Conv", "x w", "a"), node("Where", "first a a", "y")), ()),
     ],
