@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchshaping.training.data import Data, batches
@@ -46,6 +49,7 @@ def recalibrate(network: nn.Module, data: Data, batch: int, augment: bool = Fals
     momenta = [layer.momentum for layer in layers]
     first = next(network.parameters())
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:_IMAGES].tolist()
+    passes = _PassesToTheLast(layers)
     try:
         for layer in layers:
             layer.reset_running_stats()
@@ -53,8 +57,43 @@ def recalibrate(network: nn.Module, data: Data, batch: int, augment: bool = Fals
             layer.train()
         for images, _ in batches(data.train, batch, sampler=order, drop_last=True, num_workers=workers):
             images = images.to(first.device)
-            network(data.normalize(data.augment(images) if augment else images, like=first))
+            passes.run(network, data.normalize(data.augment(images) if augment else images, like=first))
     finally:
+        passes.remove_hooks()
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         network.eval()
+
+
+class _LastReachedError(Exception):
+    """Ends a forward pass."""
+
+
+class _PassesToTheLast:
+    """Forward passes that end after the last of some layers.
+
+    A vision transformer of two scales has normalization in its gate alone, which comes before all blocks.
+
+    Args:
+        layers: each of them runs as often in one pass as in another.
+    """
+
+    def __init__(self, layers: list[_BatchNorm]) -> None:
+        self._runs, self._of_a_pass = 0, math.inf
+        self._hooks = [layer.register_forward_hook(self._count) for layer in layers]
+
+    def _count(self, *_: object) -> None:
+        self._runs += 1
+        if self._runs == self._of_a_pass:
+            raise _LastReachedError
+
+    def run(self, network: nn.Module, x: Tensor) -> None:
+        """A pass; the first one, to its end."""
+        self._runs = 0
+        with contextlib.suppress(_LastReachedError):
+            network(x)
+            self._of_a_pass = self._runs
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -37,6 +37,21 @@ def test_statistics_are_the_means_over_batches() -> None:
     assert layer.momentum == 0.1 and not network.training and not layer.training
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_pass_ends_with_the_last_normalization_that_runs(shared: bool) -> None:
+    ran: list[str] = []
+    layer = nn.BatchNorm2d(1)
+    second = layer if shared else nn.BatchNorm2d(1)
+    rest = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    rest.register_forward_hook(lambda *_: ran.append("the rest"))
+    second.register_forward_hook(lambda *_: ran.append("a normalization"))
+    recalibrate(nn.Sequential(layer, nn.ReLU(), second, rest), DATA, batch=32)
+    of_a_pass = ["a normalization"] * (2 if shared else 1)
+    # The first pass goes on, since it tells how many there are.
+    assert ran == [*of_a_pass, "the rest", *of_a_pass, *of_a_pass]
+    assert layer.num_batches_tracked == 3 * (2 if shared else 1)
+
+
 def test_gates_decide_without_noise_and_nothing_else_changes() -> None:
     torch.manual_seed(0)
     network = make_network(RunConfig(**GATED), classes=10, channels=1)

@@ -22,6 +22,7 @@ none.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -196,11 +197,7 @@ class Canvases:
         return -(-free // around)
 
     def __call__(self, settings: DataSettings) -> Data:
-        parts: tuple[Part, ...] = ("train", "validation", "test")
-        train, validation, test = (self.draw(part, n) for part, n in zip(parts, self.images, strict=True))
-        names = [str(digit) for digit in range(10)]
-        # A shift by an odd number of pixels, or a flip, would change the texture.
-        return replace(data_in_memory(train, test, names, padding=0, flip=False), validation=validation)
+        return _drawn(self)
 
     def draw(self, part: Part, count: int) -> CanvasImages:
         """Canvases with digits of one part, always the same; fewer of them are the first of more.
@@ -322,6 +319,16 @@ FORMS = Canvases(
     printed=0.1,
 )
 """Forms of 3 x 3 places: one always has a digit, one on every second form, and three others have decoys."""
+
+
+@lru_cache(maxsize=1)
+def _drawn(canvases: Canvases) -> Data:
+    """The data set, drawn once: a process that trains, evaluates and measures loads it each time."""
+    parts: tuple[Part, ...] = ("train", "validation", "test")
+    train, validation, test = (canvases.draw(part, n) for part, n in zip(parts, canvases.images, strict=True))
+    names = [str(digit) for digit in range(10)]
+    # A shift by an odd number of pixels, or a flip, would change the texture.
+    return replace(data_in_memory(train, test, names, padding=0, flip=False), validation=validation)
 
 
 def _digits() -> tuple[Tensor, Tensor, dict[Part, Tensor]]:
