@@ -52,8 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The notebooks take longest: begun first, they leave no worker alone at the end.
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    # What trains longest is begun first, so that no worker is left alone with it at the end.
+    items.sort(key=lambda item: item.path.name not in ("test_notebooks.py", "test_readme.py"))
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
