@@ -34,13 +34,13 @@ from batchshaping.training.run import (
     train,
 )
 
-# Long enough to be interrupted in the middle: about a sixth of a second an epoch.
+# Long enough to be interrupted in the middle, some seconds in all.
 CONFIG = RunConfig(
     width=2,
     hidden=4,
     train_images=128,
     batch_size=32,
-    epochs=10,
+    epochs=20,
     budget=0.0,
     penalized="open-gates",
     log_every=1,
@@ -98,20 +98,20 @@ def test_a_run_leaves_its_files_and_its_result(undisturbed: Path) -> None:
     assert result.keys() == {*read_result(undisturbed), "sha256"}
     assert yaml.safe_load((undisturbed / "config.yaml").read_text()) == result["config"]
     assert json.loads((undisturbed / "history.json").read_text()) == result["history"]
-    assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, 11))
+    assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, 21))
     assert {len(layer["histogram"]) for layer in result["layers"]} == {20}
     last = result["history"][-1]
     assert (last["shaping"], last["penalty"], last["noise"]) == (0.0, CONFIG.penalty, 0.0)
 
 
-def test_what_the_last_epoch_saw_is_the_network_that_is_kept(undisturbed: Path, tmp_path: Path) -> None:
-    result = train(CONFIG.model_copy(update={"recalibrate": False}), tmp_path / "run")
+def test_what_the_last_epoch_saw_is_the_network_that_is_kept(short: Path, tmp_path: Path) -> None:
+    result = train(SHORT.model_copy(update={"recalibrate": False}), tmp_path / "run")
     last = result["history"][-1]
     for name in ("examples", "accuracy", "gates"):
         assert last[name] == result[name], name
     assert last["loss"] == pytest.approx(result["loss"], rel=1e-5)
     # Recalibration comes after it, and changes the result alone.
-    recalibrated = read_result(undisturbed)
+    recalibrated = read_result(short)
     assert recalibrated["history"] == result["history"] and recalibrated["loss"] != result["loss"]
 
 
