@@ -1,8 +1,9 @@
 """A gated block as a program with branches, one for each gate: for torch.export, and what is made of that.
 
 An exported program has no Python that could choose what to run. What it can have are branches
-(:func:`torch.cond`): here one for each gate, around the slices of the convolutions that the gate switches.
-The slices are parts of constant weights, so that a runtime can prepare each of them once.
+(:func:`~batchshaping.gates.export.choose`): here one for each gate, around the slices of the convolutions
+that the gate switches. The slices are parts of constant weights, so that a runtime can prepare each of them
+once.
 
 The decisions of one image choose a branch. So a program for one image has branches; one for batches computes
 all channels and sets closed ones to zero.
